@@ -1,0 +1,63 @@
+# Every target makes what it needs in .venv on a fresh machine, then runs. Needed beforehand: a C compiler,
+# GNU make and Python 3.11 or later with venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.stamp
+CORE := codec/CMakeLists.txt $(wildcard codec/csrc/* codec/include/*)
+MODEL ?=
+ARGS ?=
+
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test sanitize bench lint format clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## make .venv with everything for development, and build the C core
+
+demo: $(INSTALLED) ## train, pack, verify, load and run a small model (MODEL=PATH: your own checkpoint)
+	$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+test: $(INSTALLED) ## run the tests (ARGS="-k name" for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED) ## print the size of the format against other codes
+	$(BIN)/python benchmarks/format_rate.py $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## lay the code out as `make lint` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sanitize: build/sanitize/.stamp ## build the C core with sanitizers, in build/sanitize
+
+clean: ## remove .venv and all build outputs
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.tools: constraints-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	@echo "installing into $(VENV)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$$(grep '^torch==' constraints-dev.txt)"
+	@$(PIP) install -c constraints-dev.txt scikit-build-core cmake ninja
+	@touch $@
+
+$(INSTALLED): $(VENV)/.tools pyproject.toml constraints-dev.txt $(CORE)
+	@echo "building and installing qmoe-format" >&2
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -c constraints-dev.txt \
+		-C cmake.define.QMOE_WERROR=ON --editable '.[dev]'
+	@touch $@
+
+build/sanitize/.stamp: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S codec -B build/sanitize \
+		-DQMOE_SANITIZE=ON -DQMOE_WERROR=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	@touch $@
