@@ -1,0 +1,149 @@
+/* What the parts of the library share. Layering: crc32c, common < dictionary < frame < decode, encode < matmul. */
+#ifndef QMOE_INTERNAL_H
+#define QMOE_INTERNAL_H
+
+#include "qmoe.h"
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "libqmoe reads the format in place and needs a little-endian machine"
+#endif
+
+/* Spec 2. */
+enum {
+    MAXIMUM_SIDE = 1 << 24,
+    MAXIMUM_PHRASE = 126,
+    MAXIMUM_NONZEROS = 3,
+    MAXIMUM_DICTIONARIES = 4,
+    BLOCK_ROWS = 32
+};
+#define MAXIMUM_WEIGHTS (UINT64_C(1) << 36)
+
+enum { DICTIONARY_HEADER_SIZE = 32, FRAME_HEADER_SIZE = 64 };
+enum { KIND_TABLE = 0, KIND_TREES = 1 };
+enum { CODEC_RAW = 0, CODEC_DICTIONARY = 1 };
+enum { LEVELS_FLOAT32 = 0, LEVELS_BFLOAT16 = 1, LEVELS_FLOAT16 = 2, LEVELS_E4M4 = 3 };
+
+/* Fill `error` (which may be NULL) and return `status`. */
+qmoe_status qmoe_fail(qmoe_error *error, qmoe_status status, const char *field, int64_t value, const char *expected);
+
+static inline uint16_t load16(const uint8_t *bytes) {
+    uint16_t value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
+static inline uint32_t load32(const uint8_t *bytes) {
+    uint32_t value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
+static inline uint64_t load64(const uint8_t *bytes) {
+    uint64_t value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
+static inline uint64_t round_up(uint64_t number, uint64_t multiple) {
+    return (number + multiple - 1) / multiple * multiple;
+}
+
+float qmoe_from_bfloat16(uint16_t bits);
+float qmoe_from_float16(uint16_t bits);
+uint16_t qmoe_to_bfloat16(float value);
+uint16_t qmoe_to_float16(float value);
+
+/* ---- dictionaries ---- */
+
+/* A table word (spec 3.3). */
+static inline uint32_t word_length(uint32_t word) { return word & 127; }
+static inline uint32_t word_position(uint32_t word, unsigned k) { return (word >> (7 + 7 * k)) & 127; }
+static inline bool word_negative(uint32_t word, unsigned k) { return (word >> (28 + k)) & 1; }
+enum { NO_POSITION = 127 };
+
+/*
+ * The phrases as a tree for encoding, nodes in preorder with the child for 0 first: the node that `z` zeros lead to
+ * from node n is n + z, for z <= zeros[n].
+ */
+typedef struct {
+    int32_t codeword;  /* -1 if none */
+    uint32_t child[2]; /* for +1 and -1; 0 if none */
+    uint32_t zeros;    /* how many zeros can follow */
+} encoder_node;
+
+typedef struct {
+    uint32_t root[2];
+    encoder_node nodes[];
+} encoder_tree;
+
+struct qmoe_dictionary {
+    qmoe_dictionary_info info;
+    uint32_t kind;
+    _Atomic(encoder_tree *) encoder; /* made when first needed */
+    uint32_t words[];                /* [tables][2^bits] */
+};
+
+/* The dictionary's encoder tree, or NULL if memory is short. */
+const encoder_tree *qmoe_dictionary_encoder(const qmoe_dictionary *dictionary);
+
+/* ---- frames ---- */
+
+/* Header of a matrix frame and where its sections lie (spec 4, 4.2). */
+typedef struct {
+    uint32_t codec, level_format, rows, columns, bits, dictionary_count, count_bits, count_minimum, codeword_count;
+    int32_t level_exponent;
+    uint32_t dictionary_ids[MAXIMUM_DICTIONARIES];
+    uint32_t body_crc32c;
+    uint32_t selector_bits;
+    uint64_t row_index_start, counts_start, selectors_start, row_index_end, codewords_start, codewords_end, frame_size;
+} frame_layout;
+
+/* Compute what follows from the header's fields: everything from selector_bits on. */
+void qmoe_frame_geometry(frame_layout *layout);
+
+struct qmoe_matrix {
+    frame_layout layout;
+    const uint8_t *frame;
+    const qmoe_dictionary *dictionaries[MAXIMUM_DICTIONARIES];
+};
+
+/* Bytes of a row's two levels. */
+uint32_t qmoe_level_size(uint32_t level_format);
+/* Levels of one row: low, high. */
+void qmoe_row_levels(const qmoe_matrix *matrix, uint32_t row, float levels[2]);
+
+/* Element of a packed array; needs 8 readable bytes at its first byte, as codewords have (spec 4.2). */
+static inline uint32_t packed_wide(const uint8_t *array, uint64_t index, uint32_t width) {
+    uint64_t bit = index * width;
+    return (uint32_t)(load64(array + bit / 8) >> (bit % 8)) & ((1u << width) - 1);
+}
+
+/* Where a row's codewords are. */
+typedef struct {
+    uint64_t first;
+    uint32_t count;
+    const qmoe_dictionary *dictionary;
+} row_codewords;
+
+/* Walks over the rows of a frame with codec 1 from `row` on. */
+typedef struct {
+    const qmoe_matrix *matrix;
+    uint32_t row;
+    uint64_t first;
+} row_cursor;
+
+row_cursor qmoe_rows_from(const qmoe_matrix *matrix, uint32_t row);
+row_codewords qmoe_next_row(row_cursor *cursor);
+
+/* One row of trits, row of `columns` bytes; checks every codeword. */
+qmoe_status qmoe_decode_row(const qmoe_matrix *matrix, const row_codewords *codewords, int8_t *trits,
+                            qmoe_error *error);
+/* Trits of a raw frame from number `first` on; checks every byte. */
+qmoe_status qmoe_decode_raw(const qmoe_matrix *matrix, uint64_t first, uint64_t count, int8_t *trits,
+                            qmoe_error *error);
+
+#endif
