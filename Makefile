@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 INSTALLED := $(VENV)/.stamp
 CORE := codec/CMakeLists.txt $(wildcard codec/csrc/* codec/include/*)
 MODEL ?=
@@ -37,7 +37,9 @@ format: $(INSTALLED) ## lay the code out as `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-sanitize: build/sanitize/.stamp ## build the C core with sanitizers, in build/sanitize
+sanitize: build/sanitize/.stamp ## run the tests that are not slow against a C core built with sanitizers
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+		QMOE_LIBRARY="$(CURDIR)/build/sanitize/libqmoe.so" $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 clean: ## remove .venv and all build outputs
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -58,6 +60,6 @@ $(INSTALLED): $(VENV)/.tools pyproject.toml constraints-dev.txt $(CORE)
 
 build/sanitize/.stamp: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S codec -B build/sanitize \
-		-DQMOE_SANITIZE=ON -DQMOE_WERROR=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+		-DCMAKE_C_COMPILER=$(CC) -DQMOE_SANITIZE=ON -DQMOE_WERROR=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	@touch $@
