@@ -1,0 +1,462 @@
+"""Write a packed model: streamed, deterministic, and complete or absent (spec 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from qmoe_codec import parse_dictionaries, read_frame_header
+from qmoe_codec.errors import (
+    ArgumentError,
+    CheckpointError,
+    FormatError,
+    MissingDictionaryError,
+    OutputExistsError,
+    QMoEError,
+)
+
+from .container import (
+    CONFIG,
+    DICTIONARIES,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    RECORD_ALIGNMENT,
+    RESERVED_SUFFIXES,
+    STORE,
+    STORE_INDEX,
+    VERSION,
+    ZSTD,
+    LayerSpec,
+    parse_manifest,
+    round_up,
+)
+from .dense import can_encode, encode_dense
+from .files import (
+    PartialDirectory,
+    copy_file,
+    flat_names,
+    is_plain_name,
+    os_errors,
+    sha256_file,
+    sync_directory,
+    write_file,
+)
+from .reader import open_model
+from .safetensors_io import DTYPE_BITS, FileRecord, SafetensorsWriter, header_entry_bytes, tensor_bytes
+
+# Room for the header of the first dense shard, some forty tensors; doubled for each shard whose header got
+# full, so that a small model wastes little and a large one has few shards.
+_DENSE_HEADER_BYTES = 8 << 10
+_DENSE_HEADER_LIMIT = 1 << 20
+
+
+class Dictionaries(Protocol):
+    """The dictionaries of one layer, such as :class:`qmoe_codec.DictionarySet`."""
+
+    def to_bytes(self) -> bytes:
+        """Their frames, one after the other, in rising order of id."""
+        ...
+
+
+@dataclass
+class _Shard:
+    """A shard being written or written; its final name is known at the end."""
+
+    writer: SafetensorsWriter
+    tensors: list[str] = field(default_factory=list)
+    tensor_bytes: int = 0
+    record: FileRecord | None = None
+
+    def close(self) -> None:
+        if self.record is None:
+            self.record = self.writer.close()
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to replace anything but an empty directory or a packed model with nothing else in it.
+
+    Raises
+    ------
+    OutputExistsError
+        `out` is something else.
+    """
+    names = set(flat_names(out))
+    if not names:
+        return
+    try:
+        own = {MANIFEST, *parse_manifest(out)}
+    except QMoEError as error:
+        raise OutputExistsError(
+            f"will not be replaced: not a packed model ({error.message})",
+            file=out,
+            expected="a packed model; move or delete it yourself",
+        ) from error
+    if foreign := sorted(names - own):
+        raise OutputExistsError(
+            "will not be replaced: it holds a file that is not of the packed model",
+            file=out,
+            value=foreign[0],
+            expected="its manifest's files only; move or delete it yourself",
+        )
+
+
+class PackedModelWriter:
+    """Write a packed model into a directory that appears whole or not at all; a context manager.
+
+    Everything goes to ``OUT.partial``, which :meth:`finish` moves to `out`. Leaving the context without it,
+    by an error or otherwise, removes ``OUT.partial``; what a killed process leaves is no packed model, and the
+    next writer discards it. An expert's record goes to the disk at once, so memory does not grow with their
+    number. The same calls give the same bytes.
+
+    Parameters
+    ----------
+    out : path
+        Directory to make.
+    force : bool
+        Replace `out` if it is a packed model.
+    max_shard_bytes : int
+        A dense shard that would grow beyond is followed by another. A layer of experts is one shard always.
+
+    Raises
+    ------
+    OutputExistsError
+        `out` exists and `force` is not set, or it may not be replaced; or another writer is at work on it.
+    QMoEError
+        The directory cannot be made.
+    """
+
+    def __init__(
+        self, out: str | os.PathLike[str], *, force: bool = False, max_shard_bytes: int = 5_000_000_000
+    ) -> None:
+        self._max_shard_bytes = max_shard_bytes
+        self._shards: list[_Shard] = []
+        self._dense: dict[int, _Shard] = {}  # the open dense shard of each element size, in bits
+        self._dense_header_bytes = _DENSE_HEADER_BYTES
+        self._layers: dict[str, dict[str, object]] = {}
+        self._tensors: set[str] = set()
+        self._dense_zstd: dict[str, int] = {}
+        self._files: list[str] = []
+        self._finished = False
+        self._directory = PartialDirectory(out, force=force, check_replaceable=check_replaceable)
+
+    # ---- content ----------------------------------------------------------------------------------------
+
+    def add_file(self, path: str | os.PathLike[str]) -> None:
+        """Copy a tokenizer file or the like under its own name.
+
+        Raises
+        ------
+        ArgumentError
+            The name is one that the container uses, or was added already.
+        QMoEError
+            It cannot be read or written.
+        """
+        source = Path(path)
+        name = source.name
+        reserved = (
+            name in (CONFIG, INDEX, MANIFEST) or name.endswith(".safetensors") or name.startswith(".qmoe-")
+        )
+        if reserved or not is_plain_name(name):
+            raise ArgumentError(
+                "the container makes, or cannot hold, a file of this name", file=path, value=name
+            )
+        if name in self._files:
+            raise ArgumentError("two files of one name", file=path, value=name)
+        copy_file(source, self._directory.path / name)
+        self._files.append(name)
+
+    def add_layer(
+        self, layer: LayerSpec, records: Iterable[tuple[Sequence[bytes], int]], dictionaries: Dictionaries
+    ) -> None:
+        """Write a layer of experts as one shard.
+
+        Parameters
+        ----------
+        layer : LayerSpec
+        records : iterable of (frames, tokens)
+            Per expert, in order: its matrix frames in the order of the projections, and the tokens that it
+            saw in calibration, or −1. Taken one at a time.
+        dictionaries : Dictionaries
+            Asked for its bytes when `records` is exhausted.
+
+        Raises
+        ------
+        ArgumentError
+            The layer was added already, or the records are not what `layer` says.
+        FormatError
+            A frame has an illegal header or names a dictionary that is not there.
+        """
+        names = [layer.prefix + suffix for suffix in (STORE, STORE_INDEX, DICTIONARIES)]
+        self._claim(*names)
+        header = (
+            8 + header_entry_bytes("__metadata__", 1) + sum(header_entry_bytes(name, 2) for name in names)
+        )
+        shard = self._new_shard(round_up(header, RECORD_ALIGNMENT))
+        writer = shard.writer
+        index, used = [], set()
+        # The store comes first, at a multiple of 256; the index after it is then aligned as well.
+        writer.begin(names[0], 1)
+        for expert, (frames, tokens) in enumerate(records):
+            place = f"{layer.prefix}: expert {expert}"
+            used |= self._check_record(layer, expert, frames, tokens, place)
+            offset, size = writer.position - writer.data_start, sum(map(len, frames))
+            for frame in frames:
+                writer.write(frame)
+            writer.write(bytes(-size % RECORD_ALIGNMENT))
+            index.append((offset, size, tokens))
+        if len(index) != layer.experts:
+            raise ArgumentError(
+                "not a record for every expert", field=layer.prefix, value=len(index), expected=layer.experts
+            )
+        store_bytes = writer.position - writer.data_start
+        writer.end("U8", (store_bytes,))
+        writer.add(names[1], "I64", (layer.experts, 3), np.array(index, "<i8").tobytes())
+        data = dictionaries.to_bytes()
+        if missing := used - parse_dictionaries(data).keys():
+            raise MissingDictionaryError(
+                "named by a frame but not among the layer's",
+                file=layer.prefix,
+                field="dictionary_ids",
+                value=", ".join(f"{identity:#010x}" for identity in sorted(missing)),
+            )
+        writer.add(names[2], "U8", (len(data),), data)
+        shard.tensors += names
+        shard.tensor_bytes = writer.position - writer.data_start
+        shard.close()
+        self._layers[layer.prefix] = {
+            **layer.to_json(),
+            "store_bytes": store_bytes,
+            "dictionaries_bytes": len(data),
+        }
+
+    @staticmethod
+    def _check_record(
+        layer: LayerSpec, expert: int, frames: Sequence[bytes], tokens: int, place: str
+    ) -> set[int]:
+        """Compare a record with its layer; gives the ids of the dictionaries that it names."""
+        if expert >= layer.experts:
+            raise ArgumentError("more records than experts", field=layer.prefix, expected=layer.experts)
+        if len(frames) != len(layer.projections):
+            raise ArgumentError(
+                "not a frame for every projection",
+                field=place,
+                value=len(frames),
+                expected=len(layer.projections),
+            )
+        if type(tokens) is not int or not -1 <= tokens < 1 << 63:
+            raise ArgumentError("illegal", field=f"{place}: tokens", value=tokens, expected="a count, or -1")
+        used: set[int] = set()
+        for frame, projection in zip(frames, layer.projections, strict=True):
+            try:
+                header = read_frame_header(frame)
+            except FormatError as error:
+                raise error.with_file(f"{place}: {projection.name}") from error
+            found = (header.rows, header.columns, header.frame_size)
+            wanted = (projection.rows, projection.columns, len(frame))
+            if found != wanted:
+                raise ArgumentError(
+                    "not the projection's frame",
+                    field=f"{place}: {projection.name}: rows, columns, bytes",
+                    value=found,
+                    expected=wanted,
+                )
+            used.update(header.dictionary_ids)
+        return used
+
+    def add_dense(
+        self, name: str, dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview
+    ) -> None:
+        """Write a tensor as it is.
+
+        Parameters
+        ----------
+        name : str
+            Its name in the source checkpoint.
+        dtype : str
+            Safetensors name.
+        shape : sequence of int
+        data : buffer
+            Its bytes, in row order.
+
+        Raises
+        ------
+        CheckpointError
+            The name ends as those that the format keeps for itself.
+        ArgumentError
+            The name was used already, or `data` contradicts `dtype` and `shape`.
+        """
+        self._check_dense(name, dtype, shape, data)
+        self._put(name, dtype, tuple(shape), data)
+
+    def add_dense_zstd(
+        self, name: str, dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview
+    ) -> int:
+        """Write a tensor as a dense frame, or as it is where that is not smaller.
+
+        Parameters and errors are those of :meth:`add_dense`.
+
+        Returns
+        -------
+        int
+            Bytes that the tensor takes in the file.
+        """
+        size = self._check_dense(name, dtype, shape, data)
+        if can_encode(dtype, shape):
+            frame = encode_dense(dtype, shape, data)
+            if len(frame) < size:
+                self._put(name + ZSTD, "U8", (len(frame),), frame)
+                self._dense_zstd[name] = len(frame)
+                return len(frame)
+        self._put(name, dtype, tuple(shape), data)
+        return size
+
+    def _check_dense(
+        self, name: str, dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview
+    ) -> int:
+        if name.endswith(RESERVED_SUFFIXES) or name == "__metadata__":
+            raise CheckpointError("a tensor of this name cannot be packed", field=name)
+        size = tensor_bytes(dtype, tuple(shape))
+        if memoryview(data).nbytes != size:
+            raise ArgumentError(
+                "data contradict dtype and shape",
+                field=name,
+                value=f"{memoryview(data).nbytes} bytes",
+                expected=f"{size} bytes",
+            )
+        self._claim(name)
+        return size
+
+    def _put(
+        self, name: str, dtype: str, shape: tuple[int, ...], data: bytes | bytearray | memoryview
+    ) -> None:
+        # Tensors follow each other without holes, and other readers need each aligned to its elements: so a
+        # shard holds tensors of one element size.
+        size = memoryview(data).nbytes
+        bits = DTYPE_BITS[dtype]
+        shard = self._dense.get(bits)
+        if shard is not None:
+            full = not shard.writer.has_room(name, len(shape))
+            if full:
+                self._dense_header_bytes = min(2 * self._dense_header_bytes, _DENSE_HEADER_LIMIT)
+            if full or shard.writer.position + size > self._max_shard_bytes:
+                shard.close()
+                shard = None
+        if shard is None:
+            needed = 8 + header_entry_bytes("__metadata__", 1) + header_entry_bytes(name, len(shape))
+            shard = self._new_shard(max(self._dense_header_bytes, round_up(needed, RECORD_ALIGNMENT)))
+            self._dense[bits] = shard
+        shard.writer.add(name, dtype, shape, data)
+        shard.tensors.append(name)
+        shard.tensor_bytes += size
+
+    def _claim(self, *names: str) -> None:
+        if self._finished:
+            raise ArgumentError("the model is finished", file=self._directory.out)
+        for name in names:
+            if name in self._tensors:
+                raise ArgumentError("tensor added twice", field=name)
+            self._tensors.add(name)
+
+    def _new_shard(self, header_bytes: int) -> _Shard:
+        path = self._directory.path / f"shard-{len(self._shards) + 1:05d}"
+        shard = _Shard(SafetensorsWriter(path, header_bytes))
+        self._shards.append(shard)
+        return shard
+
+    # ---- the end ----------------------------------------------------------------------------------------
+
+    def finish(self, config: Mapping[str, object], recipe: Mapping[str, object]) -> None:
+        """Complete the model and move it into place.
+
+        Writes ``config.json`` and the index, writes the manifest last, reads the result, and renames it.
+        An `out` that is replaced is exchanged in one step: at every moment there is an old or a new model.
+
+        Parameters
+        ----------
+        config : mapping
+            The model's own configuration, without `quantization_config`.
+        recipe : mapping
+            How the weights were made, for people.
+
+        Raises
+        ------
+        OutputExistsError
+            `out` came to be in the meantime. The model stays in ``OUT.partial``, finished.
+        FormatError
+            What was written is not what should have been.
+        QMoEError
+            The disk is full, or fails.
+        """
+        if self._finished:
+            raise ArgumentError("the model is finished", file=self._directory.out)
+        if "quantization_config" in config:
+            raise ArgumentError("there is one already", field="config: quantization_config")
+        self._finished = True
+        directory = self._directory.path
+        records = {name: _record_of(directory / name) for name in self._files}
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, 1):
+            shard.close()
+            assert shard.record is not None
+            name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            with os_errors(directory / name):
+                os.rename(shard.writer.path, directory / name)
+            records[name] = shard.record
+            weight_map.update(dict.fromkeys(shard.tensors, name))
+        quantization = {
+            "quant_method": FORMAT,
+            "version": VERSION,
+            "layers": self._layers,
+            "dense_zstd": self._dense_zstd,
+            "recipe": dict(recipe),
+        }
+        total = sum(shard.tensor_bytes for shard in self._shards)
+        for name, content in (
+            (CONFIG, {**config, "quantization_config": quantization}),
+            (INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}),
+        ):
+            write_file(directory / name, _json(content))
+            records[name] = _record_of(directory / name)
+        sync_directory(directory)
+        files = {name: {"bytes": record.nbytes, "sha256": record.sha256} for name, record in records.items()}
+        write_file(
+            directory / (MANIFEST + ".tmp"), _json({"format": FORMAT, "version": VERSION, "files": files})
+        )
+        with os_errors(directory / MANIFEST):
+            os.rename(directory / (MANIFEST + ".tmp"), directory / MANIFEST)
+        # Read as any reader would: the shards' bytes were compared when they were closed.
+        with open_model(directory) as model:
+            for prefix in model.layers:
+                layer = model.layer(prefix)
+                for expert in range(layer.experts):
+                    layer.frames(expert)
+        self._directory.commit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for shard in self._shards:
+                shard.writer.abort()
+        finally:
+            self._directory.discard()
+
+
+def _record_of(path: Path) -> FileRecord:
+    with os_errors(path):
+        size = path.stat().st_size
+    return FileRecord(size, sha256_file(path))
