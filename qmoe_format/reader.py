@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from qmoe_codec import Dictionary, Matrix, parse_dictionaries, read_frame_header
+from qmoe_codec import Dictionary, Matrix, parse_dictionaries, read_frame_info
 from qmoe_codec.errors import (
     ArgumentError,
     FormatError,
@@ -219,7 +219,7 @@ class PackedLayer:
                     expected="exactly one frame per projection",
                 )
             try:
-                header = read_frame_header(record, position)
+                header = read_frame_info(record, position)
             except FormatError as error:
                 raise error.with_file(place) from error
             if (header.rows, header.columns) != (projection.rows, projection.columns):
