@@ -35,7 +35,7 @@ def crc32c(data: Buffer, value: int = 0, /) -> int:
     return int(core.library().qmoe_crc32c(value, octets.ctypes.data, octets.size))
 
 
-def read_frame_header(buffer: Buffer, offset: int = 0) -> FrameHeader:
+def read_frame_info(buffer: Buffer, offset: int = 0) -> FrameHeader:
     """Header of the matrix frame at `offset`; nothing but the header is looked at (spec 4).
 
     Raises
@@ -218,8 +218,11 @@ class Matrix:
         first, count = self._row_range(rows)
         trits = np.empty((count, self.columns), np.int8)
         error = core.Error()
-        status = core.library().qmoe_matrix_decode(self._handle, first, count, trits.ctypes.data, core.byref(error))
-        error.raise_for(status)
+        error.raise_for(
+            core.library().qmoe_matrix_decode(
+                self._handle, first, count, trits.ctypes.data, core.byref(error)
+            )
+        )
         return trits
 
     def dequantize(
@@ -241,7 +244,7 @@ class Matrix:
         numpy_dtype = np.dtype({"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[dtype])
         weights = np.empty(shape, numpy_dtype) if out is None else out
         if weights.shape != shape or weights.dtype != numpy_dtype or not weights.flags.c_contiguous:
-            raise ArgumentError("unfit", field="out", value=(weights.shape, weights.dtype.name), expected=shape)
+            raise ArgumentError("unfit", field="out", value=(weights.shape, dtype), expected=shape)
         error = core.Error()
         error.raise_for(
             core.library().qmoe_matrix_dequantize(
@@ -251,7 +254,7 @@ class Matrix:
         return weights
 
     def matmul(self, x: ArrayLike, threads: int | None = None) -> NDArray[np.float32]:
-        """x float32 [..., columns] times the transposed weights: float32 [..., rows].
+        """Multiply x float32 [..., columns] by the transposed weights: float32 [..., rows].
 
         Parameters
         ----------
@@ -330,7 +333,7 @@ def matmul(
     threads: int | None = None,
     backend: Backend = "c",
 ) -> NDArray[np.float32]:
-    """x float32 [..., columns] times the transposed weights of a matrix frame: float32 [..., rows]."""
+    """Multiply x float32 [..., columns] by the transposed weights of a matrix frame: float32 [..., rows]."""
     _check_backend(backend)
     if backend == "c":
         return Matrix(frame, dictionaries).matmul(x, threads)

@@ -6,8 +6,20 @@ import ctypes
 import functools
 import os
 import sys
-from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_int8, c_int64, c_size_t, c_uint, c_uint8
-from ctypes import c_uint32, c_uint64, c_void_p, string_at
+from ctypes import (
+    POINTER,
+    byref,
+    c_char,
+    c_char_p,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    string_at,
+)
 from importlib import resources
 from pathlib import Path
 
@@ -52,7 +64,12 @@ class Error(ctypes.Structure):
 class DictionaryInfo(ctypes.Structure):
     """``qmoe_dictionary_info``."""
 
-    _fields_ = (("dictionary_id", c_uint32), ("bits", c_uint32), ("tables", c_uint32), ("threshold", c_uint32))
+    _fields_ = (
+        ("dictionary_id", c_uint32),
+        ("bits", c_uint32),
+        ("tables", c_uint32),
+        ("threshold", c_uint32),
+    )
 
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
@@ -123,9 +140,6 @@ __all__ = [
     "DictionaryInfo",
     "Error",
     "byref",
-    "c_float",
-    "c_int8",
-    "c_uint8",
     "c_uint64",
     "c_void_p",
     "library",

@@ -77,7 +77,7 @@ class Dictionary:
             Width of a codeword: 8, 10, 12 or 16.
         """
         if bits not in WIDTHS or words.shape != (1 << bits,):
-            raise ArgumentError("not a table", field="words", value=words.shape, expected=f"2**bits, bits in {WIDTHS}")
+            raise ArgumentError("not a table", field="words", value=words.shape, expected="2**bits words")
         return cls(_make_frame(KIND_TABLE, bits, 1 << bits, 1 << bits, words.astype("<u4").tobytes()))
 
     @property
@@ -137,7 +137,9 @@ def build_dictionary(p_zero: float, bits: int) -> Dictionary:
     if bits not in (8, 10, 12):
         raise ArgumentError("no dictionary can be built", field="bits", value=bits, expected="8, 10 or 12")
     if not 0.01 <= p_zero <= 0.9999:
-        raise ArgumentError("no dictionary can be built", field="p_zero", value=p_zero, expected="0.01 to 0.9999")
+        raise ArgumentError(
+            "no dictionary can be built", field="p_zero", value=p_zero, expected="0.01 … 0.9999"
+        )
     grown = growth.grow_trees(p_zero, bits)
     codes = [code for tree in grown.trees for code in tree.preorder()]
     return Dictionary(_make_frame(KIND_TREES, bits, grown.threshold, len(codes), pack_array(codes, 2)))
@@ -157,7 +159,7 @@ def parse_dictionaries(data: Buffer) -> dict[int, Dictionary]:
         size = DictionaryHeader.parse(view).frame_size
         dictionary = Dictionary(view[:size])
         identity = dictionary.dictionary_id
-        check(identity > max(found, default=-1), HeaderError, "dictionary_id", f"{identity:#010x}", "rising ids")
+        check(identity > max(found, default=-1), HeaderError, "dictionary_id", identity, "rising ids")
         found[identity] = dictionary
         view = view[size:]
     return found

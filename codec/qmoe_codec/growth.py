@@ -157,17 +157,18 @@ def grow_trees(p_zero: float, bits: int) -> GrownTrees:
     is the larger, and the tree with fewer leaves leaves one codeword unused.
     """
     codewords = 1 << bits
-    value = -0.5
+    value, fewer, more = -0.5, 0, 0
     for _ in range(30):
         trees = [ParseTree(p_zero, second, value) for second in (False, True)]
         for tree in trees:
             tree.grow(codewords)
+        fewer, more = sorted(tree.leaves for tree in trees)
         (length0, onward0), (length1, onward1) = (tree.expectation() for tree in trees)
         previous, value = value, length1 - length0 + (onward1 - onward0) * value
         if abs(value - previous) < 1e-3:
             break
-    fewer, more = sorted(tree.leaves for tree in trees)
-    for threshold in ((fewer + more) // 2, fewer):  # between them costs least; limits on phrases can prevent it
+    # Between the two costs least; limits on phrases can prevent it.
+    for threshold in ((fewer + more) // 2, fewer):
         grown = _balance(p_zero, codewords, value, threshold)
         if grown is not None:
             return grown

@@ -57,7 +57,9 @@ class Buffer(Protocol):
 class Crc32c(Protocol):
     """A function that computes CRC-32C, continuing from `value`."""
 
-    def __call__(self, data: Buffer, value: int = 0, /) -> int: ...
+    def __call__(self, data: Buffer, value: int = 0, /) -> int:
+        """CRC-32C of `data`."""
+        ...
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -239,9 +241,9 @@ class FrameHeader:
         return list(zip(ends, (self.row_index_start, self.codewords_start, self.frame_size), strict=True))
 
     @classmethod
-    def raw(cls, rows: int, columns: int, level_format: str) -> FrameHeader:
+    def raw(cls, rows: int, columns: int, level_format: int) -> FrameHeader:
         """Header of a matrix in the raw codec."""
-        return cls(0, CODEC_RAW, LEVEL_FORMATS.index(level_format), rows, columns, 0, 0, 0, 0, 0, ())
+        return cls(0, CODEC_RAW, level_format, rows, columns, 0, 0, 0, 0, 0, ())
 
     def pack(self, crc32c: Crc32c) -> bytes:
         """The 64 bytes of the header."""
@@ -316,6 +318,6 @@ class FrameHeader:
             body_crc32c=body_crc32c,
         )
         check(body_size == header.body_size, SizeError, "body_size", body_size, header.body_size)
-        different = len(set(ids[:dictionary_count])) == dictionary_count
-        check(different and not any(ids[dictionary_count:]), HeaderError, "dictionary_ids", ids, "distinct, then 0")
+        distinct = len(set(ids[:dictionary_count])) == dictionary_count and not any(ids[dictionary_count:])
+        check(distinct, HeaderError, "dictionary_ids", ids, "distinct ids, then 0")
         return header

@@ -6,13 +6,21 @@ understand the format and to check other decoders; the C core gives the same res
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import ChecksumError, MissingDictionaryError, PayloadError, RowIndexError, SizeError, TruncatedError
+from .errors import (
+    ChecksumError,
+    MissingDictionaryError,
+    PayloadError,
+    RowIndexError,
+    SizeError,
+    TruncatedError,
+)
 from .layout import (
     BLOCK_ROWS,
     CODEC_DICTIONARY,
@@ -61,7 +69,9 @@ def unpack_array(data: Buffer, count: int, width: int) -> NDArray[np.uint32]:
     size = -(-count * width // 8)
     octets = np.frombuffer(as_bytes(data), np.uint8, size)
     bits = np.unpackbits(octets, bitorder="little", count=count * width).reshape(count, width)
-    return (bits.astype(np.uint32) << np.arange(width, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
+    return np.asarray(
+        (bits.astype(np.uint32) << np.arange(width, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
+    )
 
 
 def pack_array(elements: ArrayLike, width: int) -> bytes:
@@ -160,7 +170,7 @@ def _word_to_phrase(word: int) -> Phrase | None:
     legal = (
         1 <= length <= MAXIMUM_PHRASE
         and positions[: len(present)] == present
-        and all(a < b for a, b in zip(present, present[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(present))
         and all(position < length for position in present)
         and not any(signs[len(present) :])
         and not word >> 31
@@ -232,25 +242,27 @@ def _read_levels(header: FrameHeader, body: memoryview) -> NDArray[np.float32]:
         magnitude = np.ldexp(1 + (octets % 16) / 16, octets // 16 + header.level_exponent)
         return np.where(octets == 0, 0.0, magnitude * (-1.0, 1.0)).astype(np.float32)
     if header.level_format == 1:
-        levels = (np.frombuffer(body, "<u2", count).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        levels = (np.frombuffer(body, "<u2", count).astype(np.uint32) << 16).view(np.float32)
     else:
-        levels = np.frombuffer(body, ("<f4", "", "<f2")[header.level_format], count).astype(np.float32).reshape(shape)
-    check(bool(np.isfinite(levels).all()), PayloadError, "levels", "a level that is not finite", "finite levels")
-    return levels
+        levels = np.frombuffer(body, ("<f4", "", "<f2")[header.level_format], count).astype(np.float32)
+    finite = bool(np.isfinite(levels).all())
+    check(finite, PayloadError, "levels", "a level that is not finite", "finite levels")
+    return levels.reshape(shape)
 
 
-def _read_row_index(
-    header: FrameHeader, section: memoryview
-) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+def _read_row_index(header: FrameHeader, section: memoryview) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """Counts and selectors of the rows (spec 4.3)."""
     bases_size, counts_size, _ = header.row_index_parts
     bases = np.frombuffer(section, "<u4", bases_size // 4)
-    counts = unpack_array(section[bases_size:], header.rows, header.count_bits).astype(np.int64) + header.count_minimum
+    counts = unpack_array(section[bases_size:], header.rows, header.count_bits).astype(np.int64)
+    counts += header.count_minimum
     _check_unused_bits(section[bases_size:], header.rows * header.count_bits, counts_size, "counts")
     before = np.concatenate([[0], np.cumsum(counts)])
-    check(bool((counts <= header.columns).all()), RowIndexError, "counts", counts.max(initial=0), header.columns)
-    check(bool((bases == before[:-1:BLOCK_ROWS]).all()), RowIndexError, "bases", "a base", "sum of the counts before")
-    check(before[-1] == header.codeword_count, RowIndexError, "codeword_count", header.codeword_count, before[-1])
+    most, total = counts.max(initial=0), before[-1]
+    check(bool(most <= header.columns), RowIndexError, "counts", most, header.columns)
+    risen = bool((bases == before[:-1:BLOCK_ROWS]).all())
+    check(risen, RowIndexError, "bases", "another base", "the sum of the counts before")
+    check(bool(total == header.codeword_count), RowIndexError, "codeword_count", header.codeword_count, total)
     section = section[bases_size + counts_size :]
     selectors = unpack_array(section, header.rows, header.selector_bits)
     _check_unused_bits(section, header.rows * header.selector_bits, header.row_index_parts[2], "selectors")
@@ -303,7 +315,9 @@ def convert(weights: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     return weights.astype({"float32": "<f4", "float16": "<f2"}[dtype])
 
 
-def matmul(x: NDArray[np.float32], trits: NDArray[np.int8], levels: NDArray[np.float32]) -> NDArray[np.float64]:
+def matmul(
+    x: NDArray[np.float32], trits: NDArray[np.int8], levels: NDArray[np.float32]
+) -> NDArray[np.float64]:
     """x [..., columns] times the transposed weights, in float64."""
     return np.asarray(x, np.float64) @ dequantize(trits, levels).astype(np.float64).T
 
@@ -365,44 +379,60 @@ def encode(
     level_format: int,
 ) -> bytes:
     """Encode a matrix frame; without dictionaries the codec is raw."""
-    rows, columns = trits.shape
-    level_bytes, level_exponent = pack_levels(levels, level_format)
-    bits = count_bits = count_minimum = codeword_count = 0
     if dictionaries:
-        bits = dictionaries[0].header.bits
-        codewords = [encode_row(trits[r].tolist(), dictionaries[selectors[r]]) for r in range(rows)]
-        counts = np.array([len(row) for row in codewords], np.int64)
-        codeword_count = int(counts.sum())
-        count_minimum = int(counts.min()) if rows else 0
-        count_bits = int(counts.max() - count_minimum).bit_length() if rows else 0
-        bases = (np.cumsum(counts) - counts)[::BLOCK_ROWS].astype("<u4").tobytes()
-        stream = pack_array([codeword for row in codewords for codeword in row], bits)
-    else:
-        digits = np.zeros(-(-trits.size // 5) * 5, np.int16)
-        digits[: trits.size] = trits.reshape(-1) + 1
-        stream = (digits.reshape(-1, 5) * 3 ** np.arange(5)).sum(axis=1).astype(np.uint8).tobytes()
+        rows = [encode_row(row.tolist(), dictionaries[s]) for row, s in zip(trits, selectors, strict=True)]
+        return assemble(trits.shape[1], rows, levels, dictionaries, selectors, level_format)
+    digits = np.zeros(-(-trits.size // 5) * 5, np.int16)
+    digits[: trits.size] = trits.reshape(-1) + 1
+    octets = (digits.reshape(-1, 5) * 3 ** np.arange(5)).sum(axis=1).astype(np.uint8)
+    level_bytes, level_exponent = pack_levels(levels, level_format)
+    header = FrameHeader.raw(*trits.shape, level_format)
+    header = replace(header, level_exponent=level_exponent)
+    sections = {FRAME_HEADER.size: level_bytes, header.codewords_start: octets.tobytes()}
+    return _seal(header, sections)
+
+
+def assemble(
+    columns: int,
+    rows: Sequence[Sequence[int]],
+    levels: NDArray[np.float32],
+    dictionaries: Sequence[DictionaryTables],
+    selectors: NDArray[np.uint8],
+    level_format: int,
+) -> bytes:
+    """A frame of the codewords of each row, whatever they stand for (spec 4.2, 4.3)."""
+    counts = np.array([len(row) for row in rows], np.int64)
+    count_minimum = int(counts.min(initial=1 << 24)) if len(rows) else 0
+    level_bytes, level_exponent = pack_levels(levels, level_format)
     header = FrameHeader(
         version_minor=0,
-        codec=CODEC_DICTIONARY if dictionaries else CODEC_RAW,
+        codec=CODEC_DICTIONARY,
         level_format=level_format,
-        rows=rows,
+        rows=len(rows),
         columns=columns,
         level_exponent=level_exponent,
-        bits=bits,
-        count_bits=count_bits,
+        bits=dictionaries[0].header.bits,
+        count_bits=int(counts.max(initial=count_minimum) - count_minimum).bit_length(),
         count_minimum=count_minimum,
-        codeword_count=codeword_count,
+        codeword_count=int(counts.sum()),
         dictionary_ids=tuple(dictionary.header.dictionary_id for dictionary in dictionaries),
     )
+    _, counts_size, selectors_size = header.row_index_parts
+    bases = (np.cumsum(counts) - counts)[::BLOCK_ROWS].astype("<u4").tobytes()
+    counts_part = pack_array(counts - count_minimum, header.count_bits).ljust(counts_size, b"\0")
+    selectors_part = pack_array(selectors, header.selector_bits).ljust(selectors_size, b"\0")
+    sections = {
+        FRAME_HEADER.size: level_bytes,
+        header.row_index_start: bases + counts_part + selectors_part,
+        header.codewords_start: pack_array([codeword for row in rows for codeword in row], header.bits),
+    }
+    return _seal(header, sections)
+
+
+def _seal(header: FrameHeader, sections: Mapping[int, bytes]) -> bytes:
+    """The frame with its sections in place and its checksums computed."""
     frame = bytearray(header.frame_size)
-    sections = [(FRAME_HEADER.size, level_bytes), (header.codewords_start, stream)]
-    if dictionaries:
-        _, counts_size, selectors_size = header.row_index_parts
-        counts_part = pack_array(counts - count_minimum, count_bits).ljust(counts_size, b"\0")
-        selectors_part = pack_array(selectors, header.selector_bits).ljust(selectors_size, b"\0")
-        sections.append((header.row_index_start, bases + counts_part + selectors_part))
-    for start, section in sections:
+    for start, section in sections.items():
         frame[start : start + len(section)] = section
     body = bytes(frame[FRAME_HEADER.size :])
-    header = FrameHeader(**{**header.__dict__, "body_crc32c": crc32c(body)})
-    return header.pack(crc32c) + body
+    return replace(header, body_crc32c=crc32c(body)).pack(crc32c) + body

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .codec import encode
 from .dictionary import Dictionary, build_dictionary, join_dictionaries
-from .layout import MAXIMUM_DICTIONARIES, FrameHeader
+from .layout import MAXIMUM_DICTIONARIES
 
 # Shares of non-zeros to build for, four to the octave: a source half a step away costs 0.1 % more.
 NONZERO_SHARES = tuple(2.0 ** (-step / 4) for step in range(3, 25))
@@ -47,9 +47,9 @@ def trits_per_codeword(dictionary: Dictionary, p_zero: NDArray[np.float64]) -> N
         means.append(probability @ kinds[0])
         moves.append(probability @ kinds[2])
     if dictionary.tables == 1:
-        return means[0]
+        return np.asarray(means[0])
     second = moves[0] / (1 + moves[0] - moves[1])
-    return (1 - second) * means[0] + second * means[1]
+    return np.asarray((1 - second) * means[0] + second * means[1])
 
 
 @functools.lru_cache(maxsize=256)
@@ -81,7 +81,7 @@ class _Choice:
 
 def _entropy(p_zero: NDArray[np.float64]) -> NDArray[np.float64]:
     p = np.clip(p_zero, 1e-12, 1 - 1e-12)
-    return -p * np.log2(p) - (1 - p) * np.log2((1 - p) / 2)
+    return np.asarray(-p * np.log2(p) - (1 - p) * np.log2((1 - p) / 2))
 
 
 def _shares_near(share: float, count: int) -> list[float]:
@@ -157,22 +157,21 @@ class DictionarySet:
         return _Choice(bits, tuple(shares[index] for index in chosen), selectors, size)
 
     def encode(self, trits: ArrayLike, levels: ArrayLike, level_format: str = "bfloat16") -> bytes:
-        """Encode a matrix with whatever makes it smallest, the raw codec included (see :func:`~.codec.encode`).
+        """Encode a matrix with whatever makes it smallest, the raw codec included.
 
-        Dictionaries that it uses are added to the set.
+        Dictionaries that it uses are added to the set. Arguments as for :func:`~.codec.encode`.
         """
         array = np.ascontiguousarray(trits, np.int8)
-        raw_bits = 1.6 * array.size
-        if array.ndim == 2 and array.size:
-            nonzeros = np.count_nonzero(array, axis=1).astype(np.int64)
-            choice = self._choose(nonzeros, array.shape[1])
-            used, selectors = np.unique(choice.selectors, return_inverse=True)
-            dictionaries = [build_dictionary(1 - choice.shares[index], choice.bits) for index in used]
-            if choice.size < 1.1 * raw_bits:
-                frame = encode(
-                    array, levels, dictionaries, level_format=level_format, selectors=selectors.astype(np.uint8)
-                )
-                if len(frame) <= FrameHeader.raw(*array.shape, level_format).frame_size:
-                    self.dictionaries.update((d.dictionary_id, d) for d in dictionaries)
-                    return frame
-        return encode(array, levels, None, level_format=level_format)
+        raw = encode(array, levels, None, level_format=level_format)
+        if array.ndim != 2 or not array.size:
+            return raw
+        choice = self._choose(np.count_nonzero(array, axis=1).astype(np.int64), array.shape[1])
+        if choice.size > 1.1 * 8 * len(raw):  # hopeless, even if the prediction is somewhat off
+            return raw
+        used, selectors = np.unique(choice.selectors, return_inverse=True)
+        dictionaries = [build_dictionary(1 - choice.shares[index], choice.bits) for index in used]
+        frame = encode(array, levels, dictionaries, level_format=level_format, selectors=selectors)
+        if len(frame) > len(raw):
+            return raw
+        self.dictionaries.update((dictionary.dictionary_id, dictionary) for dictionary in dictionaries)
+        return frame
