@@ -10,7 +10,17 @@
 True
 """
 
-from .codec import BACKENDS, Matrix, crc32c, decode, dequantize, encode, matmul, read_frame_info, round_levels
+from .codec import (
+    BACKENDS,
+    Matrix,
+    crc32c,
+    decode,
+    dequantize,
+    encode,
+    matmul,
+    read_frame_header,
+    round_levels,
+)
 from .dictionary import Dictionary, build_dictionary, join_dictionaries, parse_dictionaries
 from .errors import (
     ArgumentError,
@@ -65,6 +75,6 @@ __all__ = [
     "join_dictionaries",
     "matmul",
     "parse_dictionaries",
-    "read_frame_info",
+    "read_frame_header",
     "round_levels",
 ]

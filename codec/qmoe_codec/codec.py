@@ -35,7 +35,7 @@ def crc32c(data: Buffer, value: int = 0, /) -> int:
     return int(core.library().qmoe_crc32c(value, octets.ctypes.data, octets.size))
 
 
-def read_frame_info(buffer: Buffer, offset: int = 0) -> FrameHeader:
+def read_frame_header(buffer: Buffer, offset: int = 0) -> FrameHeader:
     """Header of the matrix frame at `offset`; nothing but the header is looked at (spec 4).
 
     Raises

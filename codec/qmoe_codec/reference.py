@@ -386,7 +386,7 @@ def encode(
     digits[: trits.size] = trits.reshape(-1) + 1
     octets = (digits.reshape(-1, 5) * 3 ** np.arange(5)).sum(axis=1).astype(np.uint8)
     level_bytes, level_exponent = pack_levels(levels, level_format)
-    header = FrameHeader.raw(*trits.shape, level_format)
+    header = FrameHeader.raw(trits.shape[0], trits.shape[1], level_format)
     header = replace(header, level_exponent=level_exponent)
     sections = {FRAME_HEADER.size: level_bytes, header.codewords_start: octets.tobytes()}
     return _seal(header, sections)
