@@ -1,0 +1,152 @@
+"""What the commands share: parsing, errors, signals, progress."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from qmoe_codec.errors import ArgumentError, QMoEError
+from tqdm import tqdm
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it is called, what it takes, and what it does.
+
+    Attributes
+    ----------
+    name, help : str
+    add_arguments : callable
+        Adds its arguments to a parser.
+    run : callable
+        Does the work; errors are exceptions.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def execute(program: str, commands: Command | Mapping[str, Command], arguments: Sequence[str] | None) -> int:
+    """Parse `arguments`, run the command, and turn what it raises into one line and an exit code.
+
+    An exception that is no :class:`QMoEError` is a fault in the program, and passes with its traceback.
+    """
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{program} {_version()}")
+    if isinstance(commands, Command):
+        _prepare(parser, program, commands)
+    else:
+        parser.description = (
+            "Pack Mixture-of-Experts models below one bit per weight, and look after packed ones."
+        )
+        subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+        for name, command in commands.items():
+            subparser = subparsers.add_parser(name, help=command.help, allow_abbrev=False)
+            _prepare(subparser, f"{program} {name}", command)
+    options = parser.parse_args(arguments)
+    try:
+        with _terminable():
+            options.run(options)
+            sys.stdout.flush()
+    except QMoEError as error:
+        print(f"{options.program}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # Who read the output has seen enough of it. What is left in the buffer must not raise at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"{options.program}: error: {error}", file=sys.stderr)
+        return QMoEError.exit_code
+    except KeyboardInterrupt:
+        print(f"{options.program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _prepare(parser: argparse.ArgumentParser, program: str, command: Command) -> None:
+    parser.description = command.help
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run, program=program)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qmoe-format")
+    except importlib.metadata.PackageNotFoundError:
+        return "(run from a source tree that is not installed)"
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the program like Ctrl-C, so that unfinished output is removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def print_json(value: object) -> None:
+    """Print a result for machines."""
+    print(json.dumps(value, indent=2))
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --json and --quiet."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def count(text: str) -> int:
+    """A positive integer, for argparse."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}, expected a positive integer")
+    return int(text)
+
+
+class ByteProgress:
+    """A progress bar of bytes on stderr; none where stderr is not a terminal, or under --quiet.
+
+    Call it with the bytes done and the bytes in all.
+    """
+
+    def __init__(self, title: str, *, quiet: bool) -> None:
+        self._bar = tqdm(
+            desc=title, unit="B", unit_scale=True, disable=True if quiet else None, delay=1, leave=False
+        )
+
+    def __call__(self, done: int, total: int) -> None:
+        """Move the bar."""
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def require(condition: bool, message: str, *, field: str, expected: str) -> None:
+    """Refuse a combination of arguments that argparse cannot."""
+    if not condition:
+        raise ArgumentError(message, field=field, expected=expected)

@@ -1,0 +1,141 @@
+"""``qmoe-pack``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from .common import ByteProgress, Command, add_output_arguments, count, print_json, require
+from .text import size, table
+
+if TYPE_CHECKING:
+    from qmoe_quantize import PackSummary, Plan
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="checkpoint directory, .safetensors file with config.json beside it, or the name of a hub model",
+    )
+    parser.add_argument("out", metavar="OUT", nargs="?", help="directory to make; optional with --dry-run")
+    parser.add_argument(
+        "--method",
+        choices=("nearest",),
+        default="nearest",
+        help="how weights become ternary (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--levels",
+        choices=("minmax", "lsq"),
+        default="minmax",
+        help="a row's levels: its least and greatest weight, as in the QMoE paper, which makes most weights 0; "
+        "or those with the least squared error, at about twice the size (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--level-format",
+        choices=("bfloat16", "float16", "float32", "e4m4"),
+        default="bfloat16",
+        help="how levels are stored (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dense",
+        choices=("copy", "zstd"),
+        default="copy",
+        help="other tensors: as they are, or compressed without loss (default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a packed model")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="predict size and memory from config.json or the weights; write nothing",
+    )
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help="threads for ternarizing (default: all cores)"
+    )
+    add_output_arguments(parser)
+
+
+def _run(options: argparse.Namespace) -> None:
+    require(
+        options.dry_run or options.out is not None,
+        "missing",
+        field="OUT",
+        expected="a directory, or --dry-run",
+    )
+    from qmoe_quantize import PackOptions, pack, predict
+
+    settings = PackOptions(
+        method=options.method,
+        levels=options.levels,
+        level_format=options.level_format,
+        dense=options.dense,
+        force=options.force,
+        threads=options.threads,
+    )
+    if options.dry_run:
+        plan = predict(options.source, settings)
+        print_json(plan.to_json()) if options.json else print(_plan_text(plan))
+        return
+    start = time.monotonic()
+    with ByteProgress("packing", quiet=options.quiet) as progress:
+        summary = pack(options.source, options.out, settings, progress=progress)
+    seconds = time.monotonic() - start
+    if options.json:
+        print_json({**summary.to_json(), "seconds": seconds})
+    else:
+        print(_summary_text(options.out, summary, seconds))
+
+
+def _plan_text(plan: Plan) -> str:
+    rows = [
+        (
+            "experts",
+            size(plan.expert_source_bytes),
+            size(plan.expert_packed_bytes),
+            f"{plan.bits_per_weight:.3f}",
+        ),
+        ("dense", size(plan.dense_source_bytes), size(plan.dense_packed_bytes), ""),
+        ("all tensors", size(plan.source_bytes), size(plan.packed_bytes), ""),
+    ]
+    return "\n".join(
+        [
+            f"Prediction, nothing written: {plan.layers} layers, {plan.experts} experts, "
+            f"{plan.weights:,} weights",
+            "",
+            table(("", "source", "packed", "bits/weight"), rows),
+            "",
+            f"{plan.source_bytes / plan.packed_bytes:.1f} times smaller; "
+            f"{plan.sparsity:.1%} of the weights zero; peak memory about {size(plan.peak_memory_bytes)}",
+            *(f"assumed: {assumption}" for assumption in plan.assumptions),
+        ]
+    )
+
+
+def _summary_text(out: str, summary: PackSummary, seconds: float) -> str:
+    numbers = summary.to_json()
+    rows = [
+        (
+            "experts",
+            size(summary.expert_source_bytes),
+            size(summary.expert_packed_bytes),
+            f"{summary.bits_per_weight:.3f}",
+        ),
+        ("dense", size(summary.dense_source_bytes), size(summary.dense_packed_bytes), ""),
+        ("all", size(summary.source_bytes), size(summary.packed_bytes), ""),
+    ]
+    return "\n".join(
+        [
+            f"{out}: {summary.layers} layers, {summary.experts} experts, "
+            f"{summary.weights:,} weights in {seconds:.1f} s",
+            "",
+            table(("", "source", "packed", "bits/weight"), rows),
+            "",
+            f"{numbers['ratio']:.1f} times smaller; {numbers['sparsity']:.1%} of the weights zero; "
+            f"squared error {numbers['relative_error']:.3f} of the squared weights",
+        ]
+    )
+
+
+COMMAND = Command("pack", "Pack a checkpoint: ternarize its experts and compress them.", _add_arguments, _run)
