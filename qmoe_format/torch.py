@@ -1,0 +1,259 @@
+"""Experts of one MoE layer as a torch module that keeps them packed.
+
+The three tensors of a layer (spec 6.1) are buffers of the module, so that ordinary ``state_dict`` loading
+fills them. The C core multiplies with the matrices as they lie in the buffer: no expert is ever unpacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import numpy as np
+from qmoe_codec import Matrix
+from qmoe_codec.errors import ArgumentError, MissingPackageError, UnsupportedModelError
+
+from .container import LayerSpec, Projection
+from .reader import PackedLayer
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise MissingPackageError("torch is not installed: pip install 'qmoe-format[torch]'") from error
+
+BUFFERS = ("qmoe_store", "qmoe_index", "qmoe_dictionaries")
+"""Names of the buffers: those of the tensors in the container, without the layer's prefix."""
+
+
+class QMoEExperts(torch.nn.Module):
+    """Packed experts, called like the experts modules of transformers.
+
+    ``y[t] = sum_k top_k_weights[t, k] * down(act(gate(x[t])) * up(x[t]))`` over the experts
+    ``top_k_index[t, k]``; ``down(act(up(x)))`` where the layer has no gate (spec 6.3, `role`).
+
+    Parameters
+    ----------
+    layer : LayerSpec
+        Number of experts, and the shape and role of their matrices.
+    activation : callable
+        From a tensor to a tensor of the same shape, for example ``torch.nn.SiLU()``.
+    store_bytes, dictionaries_bytes : int
+        Sizes of the two byte buffers; both are in the layer's entry of ``quantization_config``.
+    verify : bool, default True
+        Whether checksum and content of a matrix are checked too when it is first used. Headers always are.
+
+    Notes
+    -----
+    Computes on the CPU, in float32, for inference. An index equal to the number of experts is skipped, as in
+    transformers, where it marks a token that belongs to another device.
+    """
+
+    qmoe_store: torch.Tensor
+    qmoe_index: torch.Tensor
+    qmoe_dictionaries: torch.Tensor
+
+    def __init__(
+        self,
+        layer: LayerSpec,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        store_bytes: int,
+        dictionaries_bytes: int,
+        verify: bool = True,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.act_fn = activation
+        self.verify = verify
+        self.num_experts = layer.experts
+        self.gate, self.up, self.down = _roles(layer)
+        self.hidden_dim = self.up.columns
+        self.intermediate_dim = self.up.rows
+        self.register_buffer("qmoe_store", torch.zeros(store_bytes, dtype=torch.uint8))
+        self.register_buffer("qmoe_index", torch.zeros(layer.experts, 3, dtype=torch.int64))
+        self.register_buffer("qmoe_dictionaries", torch.zeros(dictionaries_bytes, dtype=torch.uint8))
+        self._parsed: _ParsedLayer | None = None
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedLayer, activation: Callable[[torch.Tensor], torch.Tensor], *, verify: bool = True
+    ) -> Self:
+        """The experts of one layer of an open packed model, copied into memory."""
+        store, dictionaries = (
+            np.frombuffer(view, np.uint8).copy() for view in (packed.store, packed.dictionary_bytes)
+        )
+        sizes = {"store_bytes": store.size, "dictionaries_bytes": dictionaries.size}
+        module = cls(packed.spec, activation, **sizes, verify=verify)
+        module.qmoe_store = torch.from_numpy(store)
+        module.qmoe_index = torch.from_numpy(packed.index.copy())
+        module.qmoe_dictionaries = torch.from_numpy(dictionaries)
+        return module
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Route tokens through the experts.
+
+        Parameters
+        ----------
+        hidden_states : Tensor [T, H], floating point
+        top_k_index : Tensor [T, K], integer, 0 … num_experts
+        top_k_weights : Tensor [T, K], floating point
+
+        Returns
+        -------
+        Tensor [T, H] of the dtype of `hidden_states`
+
+        Raises
+        ------
+        ArgumentError
+            A shape or an index does not fit.
+        UnsupportedModelError
+            A gradient is needed, or something is not on the CPU.
+        FormatError
+            The packed bytes are not what the spec says.
+        """
+        self._check(hidden_states, top_k_index, top_k_weights)
+        parsed = self._layer()
+        tokens = hidden_states.detach().to(torch.float32).contiguous()
+        weights = top_k_weights.detach().to(torch.float32)
+        output = torch.zeros_like(tokens)
+        for expert in torch.unique(top_k_index).tolist():  # rising, so that sums are reproducible
+            if expert == self.num_experts:
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            result = self._expert(parsed.matrices(expert), tokens[token])
+            output.index_add_(0, token, result * weights[token, slot, None])
+        return output.to(hidden_states.dtype)
+
+    def _expert(self, matrices: Mapping[str, Matrix], x: torch.Tensor) -> torch.Tensor:
+        hidden = _matmul(x, matrices[self.up.name])
+        if self.gate is None:
+            hidden = self.act_fn(hidden)
+        else:
+            hidden = self.act_fn(_matmul(x, matrices[self.gate.name])) * hidden
+        return _matmul(hidden, matrices[self.down.name])
+
+    def _check(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        prefix = self.layer.prefix
+        for name, tensor in (("hidden_states", hidden_states), *self.named_buffers(recurse=False)):
+            if tensor.device.type != "cpu":
+                raise UnsupportedModelError(
+                    "packed experts compute on the CPU",
+                    file=prefix,
+                    field=name,
+                    value=tensor.device,
+                    expected="cpu",
+                )
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
+            raise UnsupportedModelError(
+                "packed experts have no gradient: call the model under torch.no_grad()", file=prefix
+            )
+        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.hidden_dim:
+            raise ArgumentError(
+                "wrong shape",
+                file=prefix,
+                field="hidden_states",
+                value=tuple(hidden_states.shape),
+                expected=f"[tokens, {self.hidden_dim}]",
+            )
+        if index.ndim != 2 or index.shape[0] != hidden_states.shape[0] or index.shape != weights.shape:
+            raise ArgumentError(
+                "wrong shape",
+                file=prefix,
+                field="top_k_index, top_k_weights",
+                value=f"{tuple(index.shape)}, {tuple(weights.shape)}",
+                expected=f"both [{hidden_states.shape[0]}, experts per token]",
+            )
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) <= self.num_experts:
+            raise ArgumentError(
+                "no such expert",
+                file=prefix,
+                field="top_k_index",
+                value=f"{int(index.min())} … {int(index.max())}",
+                expected=f"0 … {self.num_experts}",
+            )
+
+    def _layer(self) -> _ParsedLayer:
+        """The parsed layer, made anew when a buffer was replaced, moved or loaded into."""
+        buffers = (self.qmoe_store, self.qmoe_index, self.qmoe_dictionaries)
+        if self._parsed is None or not self._parsed.is_of(buffers):
+            self._parsed = _ParsedLayer(self.layer, buffers, self.verify)
+        return self._parsed
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._parsed = None  # the buffers are written in place, which is_of() does not see
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parsed": None}
+
+    def extra_repr(self) -> str:
+        """Experts, width and bits per weight."""
+        weights = self.num_experts * sum(p.rows * p.columns for p in self.layer.projections)
+        return (
+            f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}, "
+            f"bits_per_weight={8 * self.qmoe_store.numel() / weights:.3f}"
+        )
+
+
+class _ParsedLayer(PackedLayer):
+    """A layer in the buffers of a module instead of a file; each matrix is parsed when first asked for."""
+
+    def __init__(self, spec: LayerSpec, buffers: tuple[torch.Tensor, ...], verify: bool) -> None:
+        store, index, dictionaries = (buffer.contiguous().numpy() for buffer in buffers)
+        self.spec = spec
+        self.experts = spec.experts
+        self.shard = ""
+        self.store = store.data
+        self.index = index
+        self.dictionary_bytes = dictionaries.data
+        self._place = spec.prefix
+        self._dictionaries = None
+        self._check_index()
+        self._buffers = buffers
+        self._pointers = [buffer.data_ptr() for buffer in buffers]
+        self._verify = verify
+        self._matrices: list[Mapping[str, Matrix] | None] = [None] * spec.experts
+
+    def is_of(self, buffers: tuple[torch.Tensor, ...]) -> bool:
+        """Whether these are still the same tensors at the same place in memory."""
+        same = all(new is old for new, old in zip(buffers, self._buffers, strict=True))
+        return same and [buffer.data_ptr() for buffer in buffers] == self._pointers
+
+    def matrices(self, expert: int) -> Mapping[str, Matrix]:
+        """Matrices of one expert by name, parsed once."""
+        found = self._matrices[expert]
+        if found is None:
+            names = [projection.name for projection in self.spec.projections]
+            found = {name: self.matrix(expert, name, verify=self._verify) for name in names}
+            self._matrices[expert] = found
+        return found
+
+
+def _matmul(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    y = matrix.matmul(np.ascontiguousarray(x.numpy()), threads=torch.get_num_threads())
+    return torch.from_numpy(y)
+
+
+def _roles(layer: LayerSpec) -> tuple[Projection | None, Projection, Projection]:
+    """Gate (or None), up and down projection of a layer whose shapes fit each other."""
+    by_role = {projection.role: projection for projection in layer.projections}
+    if len(by_role) != len(layer.projections) or not {"up", "down"} <= by_role.keys():
+        raise UnsupportedModelError(
+            "cannot compute with these projections",
+            file=layer.prefix,
+            field="role",
+            value=[projection.role for projection in layer.projections],
+            expected="gate, up, down or up, down",
+        )
+    gate, up, down = by_role.get("gate"), by_role["up"], by_role["down"]
+    shapes = [(p.rows, p.columns) for p in (up, *([gate] if gate else []))] + [(down.columns, down.rows)]
+    if len(set(shapes)) != 1:
+        raise UnsupportedModelError(
+            "shapes of the projections do not fit each other",
+            file=layer.prefix,
+            field="rows, columns",
+            value={p.role: (p.rows, p.columns) for p in layer.projections},
+        )
+    return gate, up, down
