@@ -7,13 +7,13 @@ enum { NODE_LEAF = 0, NODE_INCOMPLETE = 1, NODE_COMPLETE = 2 };
 
 static const uint32_t EMPTY_WORD = (uint32_t)NO_POSITION << 7 | (uint32_t)NO_POSITION << 14 | (uint32_t)NO_POSITION << 21;
 
-/* The word of the phrase that `word` becomes when one trit (0, 1, -1 as 0, 1, 2) is appended; 0 if none is legal. */
+/*
+ * The word of the phrase that a legal `word` becomes when one trit (0, +1, -1 as 0, 1, 2) is appended: of length 127
+ * if it is too long, 0 if it has too many non-zeros.
+ */
 static uint32_t append_trit(uint32_t word, unsigned trit) {
-    uint32_t length = word_length(word);
-    if (length == MAXIMUM_PHRASE) {
-        return 0;
-    }
     if (trit) {
+        uint32_t length = word_length(word);
         unsigned k = 0;
         while (k < MAXIMUM_NONZEROS && word_position(word, k) != NO_POSITION) {
             k++;
@@ -64,7 +64,10 @@ static qmoe_status read_trees(qmoe_dictionary *dictionary, const uint8_t *payloa
         while (depth) {
             uint32_t word = stack[--depth];
             if (!word) {
-                return qmoe_fail(error, QMOE_PAYLOAD, "length", node, "phrases within 126 trits and 3 non-zeros");
+                return qmoe_fail(error, QMOE_PAYLOAD, "nonzeros", MAXIMUM_NONZEROS + 1, "at most 3");
+            }
+            if (word_length(word) > MAXIMUM_PHRASE) {
+                return qmoe_fail(error, QMOE_PAYLOAD, "length", word_length(word), "at most 126");
             }
             unsigned code = node < entry_count ? payload[node / 4] >> (2 * (node % 4)) & 3 : 3;
             node++;

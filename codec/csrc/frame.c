@@ -114,10 +114,11 @@ static qmoe_status read_header(const uint8_t *frame, size_t size, frame_layout *
     return QMOE_OK;
 }
 
-static qmoe_status check_zero(const uint8_t *frame, uint64_t start, uint64_t end, qmoe_error *error) {
+static qmoe_status check_zero(const uint8_t *frame, uint64_t start, uint64_t end, const char *field,
+                              qmoe_error *error) {
     for (uint64_t offset = start; offset < end; offset++) {
         if (frame[offset]) {
-            return qmoe_fail(error, QMOE_PAYLOAD, "padding", frame[offset], "zero bytes");
+            return qmoe_fail(error, QMOE_PAYLOAD, field, frame[offset], "zero bytes");
         }
     }
     return QMOE_OK;
@@ -147,7 +148,7 @@ static qmoe_status check_unused_bits(const uint8_t *frame, uint64_t start, uint6
     if (bits % 8 && frame[byte] >> (bits % 8)) {
         return qmoe_fail(error, QMOE_PAYLOAD, field, frame[byte], "zero bits after the last element");
     }
-    return check_zero(frame, byte + (bits % 8 != 0), end, error);
+    return check_zero(frame, byte + (bits % 8 != 0), end, field, error);
 }
 
 static qmoe_status check_levels(const qmoe_matrix *matrix, qmoe_error *error) {
@@ -246,9 +247,9 @@ static qmoe_status open_matrix(qmoe_matrix *matrix, size_t size, const qmoe_dict
         }
     }
     uint64_t levels_end = FRAME_HEADER_SIZE + (uint64_t)layout->rows * qmoe_level_size(layout->level_format);
-    if ((status = check_zero(frame, levels_end, layout->row_index_start, error)) != QMOE_OK ||
-        (status = check_zero(frame, layout->row_index_end, layout->codewords_start, error)) != QMOE_OK ||
-        (status = check_zero(frame, layout->codewords_end, layout->frame_size, error)) != QMOE_OK ||
+    if ((status = check_zero(frame, levels_end, layout->row_index_start, "padding", error)) != QMOE_OK ||
+        (status = check_zero(frame, layout->row_index_end, layout->codewords_start, "padding", error)) != QMOE_OK ||
+        (status = check_zero(frame, layout->codewords_end, layout->frame_size, "padding", error)) != QMOE_OK ||
         (status = check_levels(matrix, error)) != QMOE_OK ||
         (status = find_dictionaries(matrix, dictionaries, dictionary_count, error)) != QMOE_OK) {
         return status;
