@@ -400,7 +400,7 @@ def zstd_stored(data: bytes) -> bytes:
 
 
 def dense_frame(
-    dtype: str, shape: tuple[int, ...], content: bytes, planes: list[bytes], **changes: Any
+    dtype: str, shape: tuple[int, ...], content: bytes, planes: list[bytes], /, **changes: Any
 ) -> bytes:
     """A dense frame with any header field changed and its checksum made to fit."""
     fields = {
