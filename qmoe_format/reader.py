@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from qmoe_codec import Dictionary, Matrix, parse_dictionaries, read_frame_info
+from qmoe_codec import Dictionary, Matrix, parse_dictionaries, read_frame_header
 from qmoe_codec.errors import (
     ArgumentError,
     FormatError,
@@ -161,8 +161,9 @@ class PackedLayer:
                 parsed = parse_dictionaries(self.dictionary_bytes)
             except FormatError as error:
                 raise error.with_file(place) from error
-            if list(parsed) != sorted(parsed):
-                raise HeaderError("ids do not rise", file=place, field="dictionary_id")
+            size = sum(len(dictionary.frame) for dictionary in parsed.values())
+            if list(parsed) != sorted(parsed) or size != len(self.dictionary_bytes):
+                raise HeaderError("ids do not rise, or one comes twice", file=place, field="dictionary_id")
             self._dictionaries = parsed
         return self._dictionaries
 
@@ -219,7 +220,7 @@ class PackedLayer:
                     expected="exactly one frame per projection",
                 )
             try:
-                header = read_frame_info(record, position)
+                header = read_frame_header(record, position)
             except FormatError as error:
                 raise error.with_file(place) from error
             if (header.rows, header.columns) != (projection.rows, projection.columns):

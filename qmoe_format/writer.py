@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
-from qmoe_codec import parse_dictionaries, read_frame_info
+from qmoe_codec import parse_dictionaries, read_frame_header
 from qmoe_codec.errors import (
     ArgumentError,
     CheckpointError,
@@ -115,8 +115,8 @@ class PackedModelWriter:
     """Write a packed model into a directory that appears whole or not at all; a context manager.
 
     Everything goes to ``OUT.partial``, which :meth:`finish` moves to `out`. Leaving the context before,
-    by an error or otherwise, removes ``OUT.partial``; what a killed process leaves is no packed model, and the
-    next writer discards it. An expert's record goes to the disk at once, so memory does not grow with their
+    by an error or otherwise, removes ``OUT.partial``; what a killed process leaves is no packed model, and
+    the next writer discards it. An expert's record goes to the disk at once, so memory does not grow with their
     number. The same calls give the same bytes.
 
     Parameters
@@ -259,7 +259,7 @@ class PackedModelWriter:
         used: set[int] = set()
         for frame, projection in zip(frames, layer.projections, strict=True):
             try:
-                header = read_frame_info(frame)
+                header = read_frame_header(frame)
             except FormatError as error:
                 raise error.with_file(f"{place}: {projection.name}") from error
             found = (header.rows, header.columns, header.frame_size)
