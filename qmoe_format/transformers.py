@@ -1,0 +1,349 @@
+"""Packed models in transformers, their experts kept packed in memory.
+
+Importing this module teaches transformers the quantization method ``qmoe``: from then on
+``AutoModelForCausalLM.from_pretrained(DIR)`` opens a packed model like any other checkpoint. :func:`load`
+does the same and refuses whatever does not fit exactly.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qmoe_codec.errors import (
+    HeaderError,
+    MissingPackageError,
+    UnsupportedModelError,
+)
+
+from .container import STORE, ZSTD, LayerSpec, QuantizationConfig
+from .dense import decode_dense
+from .reader import open_model
+from .torch import QMoEExperts
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    message = "transformers is not installed: pip install 'qmoe-format[transformers]'"
+    raise MissingPackageError(message) from error
+
+import numpy as np
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    verify: bool = True,
+) -> transformers.PreTrainedModel:
+    """Load a packed model; its experts stay packed and are computed by the C core.
+
+    Parameters
+    ----------
+    path : path
+        The directory that ``qmoe-pack`` wrote.
+    device : str or torch.device, default "cpu"
+        Only the CPU so far.
+    dtype : torch.dtype, optional
+        Of everything but the experts; default: what ``config.json`` says.
+    verify : bool, default True
+        Whether each expert's checksum is checked when it is first used.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of the class that ``config.json`` names, in evaluation mode, without gradients.
+
+    Raises
+    ------
+    FormatError
+        The directory is not a sound packed model.
+    UnsupportedModelError
+        The architecture is unknown to this transformers or has another kind of experts, a tensor is missing
+        or left over, or `device` is not the CPU.
+    """
+    path = Path(path)
+    if torch.device(device).type != "cpu":
+        raise UnsupportedModelError(
+            "packed experts compute on the CPU", field="device", value=device, expected="cpu"
+        )
+    with open_model(path) as packed:
+        model_class = _model_class(path, packed.config)
+        try:
+            loaded: Any = model_class.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+        except RuntimeError as error:
+            # transformers keeps the text of an error in a conversion, not the error itself
+            for name in packed.dense_names():
+                packed.dense(name)
+            raise UnsupportedModelError(_one_line(error), file=path) from error
+    model: transformers.PreTrainedModel = loaded[0]
+    found: dict[str, Any] = loaded[1]
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            raise UnsupportedModelError(
+                f"the tensors do not fit {model_class.__name__}",
+                file=path,
+                field=kind,
+                value=", ".join(sorted(map(str, found[kind]))[:3]),
+            )
+    for module in model.modules():
+        if isinstance(module, QMoEExperts):
+            module.verify = verify
+    return model
+
+
+def _model_class(path: Path, config: dict[str, Any]) -> type[transformers.PreTrainedModel]:
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} has no such model class",
+            file=path / "config.json",
+            field="architectures",
+            value=architectures,
+        )
+    return model_class
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+@register_quantization_config("qmoe")
+class QMoEConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed model (spec 6.3), as it stands in ``config.json``.
+
+    Raises
+    ------
+    HeaderError, VersionError
+        Something in it is missing or illegal, or it is of another version of the format.
+    """
+
+    def __init__(self, **entries: Any) -> None:
+        self.__dict__.update(entries)
+        self.parsed()
+
+    def parsed(self) -> QuantizationConfig:
+        """What a reader uses of it."""
+        return QuantizationConfig.parse({"quantization_config": self.to_dict()}, "config.json")
+
+
+@register_quantizer("qmoe")
+class QMoEQuantizer(HfQuantizer):
+    """Puts packed experts in place of a model's own before its weights are loaded."""
+
+    requires_calibration = True
+    quantization_config: QMoEConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse any device but the CPU."""
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for place in places:
+            if place is not None and str(place) != "cpu":
+                raise UnsupportedModelError(
+                    "packed experts compute on the CPU", field="device_map", value=place, expected="cpu"
+                )
+
+    def _process_model_before_weight_loading(
+        self, model: transformers.PreTrainedModel, **kwargs: Any
+    ) -> None:
+        renamings = [
+            change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)
+        ]
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        config = self.quantization_config.parsed()
+        for prefix, layer in config.layers.items():
+            if any(re.search(pattern, prefix + STORE) for pattern in ignored):
+                continue  # such as DeepSeek's layer for multi-token prediction, which the model does not have
+            name = _module_name(model, prefix, renamings)
+            with torch.device("meta"):
+                experts = _packed_experts(model.get_submodule(name), layer, config.layer_bytes[prefix])
+            model.set_submodule(name, experts)
+            # All its weights are loaded; to initialize them, Switch's block would reach into its experts
+            block: Any = model.get_submodule(name.rpartition(".")[0])
+            block._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(
+        self, model: transformers.PreTrainedModel, **kwargs: Any
+    ) -> transformers.PreTrainedModel:
+        # The experts have no gradient, so none may be asked of what comes before them
+        model.requires_grad_(False)
+        return model
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: transformers.PreTrainedModel
+    ) -> list[Any]:
+        """Add the decoding of dense frames (spec 5), before the model's own conversions."""
+        names = self.quantization_config.parsed().dense_zstd
+        if not names:
+            return weight_conversions
+        converters = [change for change in weight_conversions if isinstance(change, WeightConverter)]
+        for name in names:
+            if rename_source_key(name, [], converters)[1] is not None:
+                raise UnsupportedModelError(
+                    "transformers merges or splits this tensor, so it cannot be a dense frame: "
+                    "pack without --dense zstd",
+                    field=name,
+                )
+        decode = WeightConverter(re.escape(ZSTD), "", [_DecodeDense()])
+        return [decode, *weight_conversions]
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """False: a packed model is copied as a directory, not saved again."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: packed experts have no gradient."""
+        return False
+
+
+class _DecodeDense(ConversionOps):
+    """From a dense frame to the tensor, in the dtype that the model wants."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, list[torch.Tensor]]:
+        ((frame,),) = input_dict.values()
+        name: str = kwargs["full_layer_name"]
+        dtype, shape, data = decode_dense(memoryview(frame.numpy()))
+        if dtype not in _DTYPES:
+            raise UnsupportedModelError("torch has no such dtype", field=name, value=dtype)
+        tensor = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(_DTYPES[dtype]).reshape(shape)
+        if tensor.is_floating_point():
+            tensor = tensor.to(_wanted_dtype(kwargs["model"], name))
+        return {name: [tensor]}
+
+
+def _wanted_dtype(model: transformers.PreTrainedModel, name: str) -> torch.dtype:
+    """The dtype that transformers itself would cast the tensor `name` to."""
+    dtype: torch.dtype = model.get_parameter_or_buffer(name).dtype
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        alternation, by_group, _ = build_glob_alternation(list(plan))
+        if match := alternation.search(name):
+            dtype = plan[by_group[str(match.lastgroup)]]
+    return dtype
+
+
+def _module_name(model: transformers.PreTrainedModel, prefix: str, renamings: Iterable[Any]) -> str:
+    """Name of the module that the model has for the experts that are called `prefix` on disk."""
+    renamed, _ = rename_source_key(prefix + STORE, list(renamings), [])
+    name = renamed.removesuffix(STORE)
+    modules = {path for path, _ in model.named_modules()}
+    base = f"{model.base_model_prefix}."
+    # A checkpoint of the bare model may be loaded into the one with a head, and the other way round
+    for candidate in (name, base + name, name.removeprefix(base)):
+        if candidate in modules:
+            return candidate
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no module for these experts", field=prefix, expected=name
+    )
+
+
+def _packed_experts(module: torch.nn.Module, layer: LayerSpec, sizes: tuple[int, int]) -> QMoEExperts:
+    """The packed module that computes what `module` computes."""
+    store_bytes, dictionaries_bytes = sizes
+    kind: type[QMoEExperts]
+    if type(module).__name__ == "SwitchTransformersExperts":
+        kind, activation = _QMoESwitchExperts, _switch_activation(module, layer)
+    else:
+        kind, activation = QMoEExperts, _gated_activation(module, layer)
+    return kind(layer, activation, store_bytes=store_bytes, dictionaries_bytes=dictionaries_bytes)
+
+
+def _gated_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Module:
+    """The activation of experts that compute down(act(gate(x)) * up(x)) in the layer's shapes."""
+    plain = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False}
+    gate = getattr(type(module), "_apply_gate", None)
+    # Set by transformers' decorator use_experts_implementation: all that its own kernels know of a layer
+    known = (
+        all(getattr(module, name, usual) is usual for name, usual in plain.items())
+        and gate is not None
+        and gate.__module__ == "transformers.integrations.moe"
+        and {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+    )
+    if not known:
+        raise UnsupportedModelError(
+            "experts of this kind cannot be computed packed", field=layer.prefix, value=type(module).__name__
+        )
+    shapes = {projection.role: (projection.rows, projection.columns) for projection in layer.projections}
+    packed: dict[str, tuple[int, ...]] = {}
+    if shapes.keys() == {"gate", "up", "down"}:
+        rows, columns = shapes["up"]
+        packed["gate_up_proj"] = (layer.experts, 2 * rows, columns)
+        packed["down_proj"] = (layer.experts, *shapes["down"])
+    _compare_shapes(layer, packed, module)
+    return module.get_submodule("act_fn")
+
+
+def _switch_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Module:
+    """The activation of the experts of Switch Transformers, whose shapes are those of the packed layer."""
+    packed: dict[str, tuple[int, ...]] = {
+        f"expert_{expert}.{projection.name}.weight": (projection.rows, projection.columns)
+        for expert in range(layer.experts)
+        for projection in layer.projections
+    }
+    _compare_shapes(layer, packed, module)
+    return module.get_submodule("expert_0.act")
+
+
+def _compare_shapes(layer: LayerSpec, packed: dict[str, tuple[int, ...]], module: torch.nn.Module) -> None:
+    model = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+    if packed != model:
+        name = min(name for name in packed.keys() | model.keys() if packed.get(name) != model.get(name))
+        raise HeaderError(
+            "the packed layer does not fit the model that config.json describes",
+            field=f"{layer.prefix}: {name}",
+            value=packed.get(name),
+            expected=model.get(name),
+        )
+
+
+class _QMoESwitchExperts(QMoEExperts):
+    """Experts of Switch Transformers: called with a one-hot mask, empty for tokens beyond the capacity."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Route tokens: hidden states [T, H], mask [T, 1, experts], weights [T, 1]."""
+        if self.training:
+            message = "packed experts have no dropout: call model.eval()"
+            raise UnsupportedModelError(message, file=self.layer.prefix)
+        routed = selected_experts.any(dim=-1)
+        index = torch.where(routed, selected_experts.argmax(dim=-1), self.num_experts)
+        return super().forward(hidden_states, index, routing_weights)
