@@ -114,9 +114,9 @@ def check_replaceable(out: Path) -> None:
 class PackedModelWriter:
     """Write a packed model into a directory that appears whole or not at all; a context manager.
 
-    Everything goes to ``OUT.partial``, which :meth:`finish` moves to `out`. Leaving the context before,
-    by an error or otherwise, removes ``OUT.partial``; what a killed process leaves is no packed model, and
-    the next writer discards it. An expert's record goes to the disk at once, so memory does not grow with their
+    Everything goes to ``OUT.partial``, which :meth:`finish` moves to `out`. Leaving the context before, by
+    an error or otherwise, removes ``OUT.partial``; what a killed process leaves is no packed model, and the
+    next writer discards it. An expert's record goes to the disk at once, so memory does not grow with their
     number. The same calls give the same bytes.
 
     Parameters
