@@ -30,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--levels",
         choices=("minmax", "lsq"),
         default="minmax",
-        help="a row's levels: its least and greatest weight, as in the QMoE paper, which makes most weights 0; "
+        help="a row's levels: its least and greatest weight, as in the QMoE paper, so that most are 0; "
         "or those with the least squared error, at about twice the size (default: %(default)s)",
     )
     parser.add_argument(

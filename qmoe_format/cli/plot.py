@@ -136,7 +136,17 @@ def _draw_layers(axes: Axes, found: Inspection) -> None:
     axes.set_title("Where the bits of each layer go")
     axes.grid(axis="y")
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.005, 1.0), borderaxespad=0, fontsize=8.5)
+    axes.legend(
+        handles,
+        labels,
+        loc="lower right",
+        bbox_to_anchor=(1, 0.99),
+        ncols=len(labels),
+        columnspacing=1.2,
+        handlelength=1.2,
+        fontsize=8.5,
+    )
+    axes.set_xlabel("layer")
 
 
 def _short(prefix: str) -> str:
@@ -175,6 +185,8 @@ def _draw_sparsity(axes: Axes, found: Inspection) -> None:
 
 def _draw_bytes(axes: Axes, found: Inspection) -> None:
     """Bytes in bfloat16 and packed."""
+    from matplotlib.patches import Patch
+
     total, dense = found.total, found.dense
     rest = max(0, found.file_bytes - total.bytes - dense.stored_bytes)
     bars = (
@@ -198,7 +210,7 @@ def _draw_bytes(axes: Axes, found: Inspection) -> None:
         )
     axes.set_yticks((1, 0), [name for name, _ in bars])
     axes.set_xlim(0, 1.16 * widest)
-    axes.set_ylim(-0.5, 1.9)
+    axes.set_ylim(-0.45, 1.45)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     labels = (
@@ -206,12 +218,17 @@ def _draw_bytes(axes: Axes, found: Inspection) -> None:
         (f"other tensors {size(dense.stored_bytes)}", _DENSE),
         (f"headers, JSON {size(rest)}", _REST),
     )
-    for number, (label, colour) in enumerate(labels):
-        axes.annotate(
-            "■ " + label,
-            (0.36 + 0.0 * number, 0.34 - 0.11 * number),
-            xycoords="axes fraction",
-            fontsize=8.5,
-            color=colour,
-        )
+    axes.legend(
+        [Patch(color=colour, label=label) for label, colour in labels],
+        [label for label, _ in labels],
+        title="packed",
+        loc="upper left",
+        bbox_to_anchor=(-0.02, 0.02),
+        ncols=3,
+        columnspacing=1.2,
+        handlelength=1,
+        alignment="left",
+        fontsize=8.5,
+        title_fontsize=8.5,
+    )
     axes.set_title("Bytes")

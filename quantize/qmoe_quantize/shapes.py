@@ -190,7 +190,8 @@ def _switch(config: ModelConfig) -> Named:
     yield from _switch_stack(config, "encoder", layers)
     yield from _switch_stack(config, "decoder", config.number("num_decoder_layers", layers))
     if not config.truth("tie_word_embeddings", True):
-        yield "lm_head.weight", (vocabulary, hidden)
+        for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+            yield f"{name}.weight", (vocabulary, hidden)
 
 
 def _switch_stack(config: ModelConfig, stack: str, layers: int) -> Named:
