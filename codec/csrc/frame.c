@@ -307,7 +307,7 @@ void qmoe_row_levels(const qmoe_matrix *matrix, uint32_t row, float levels[2]) {
         levels[1] = qmoe_from_float16(load16(bytes + 2));
         break;
     default:
-        levels[0] = -e4m4(bytes[0], matrix->layout.level_exponent);
+        levels[0] = 0.0f - e4m4(bytes[0], matrix->layout.level_exponent); /* zero stays positive */
         levels[1] = e4m4(bytes[1], matrix->layout.level_exponent);
     }
 }

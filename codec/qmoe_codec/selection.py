@@ -19,7 +19,8 @@ from .layout import MAXIMUM_DICTIONARIES
 
 # Shares of non-zeros to build for, four to the octave: a source half a step away costs 0.1 % more.
 NONZERO_SHARES = tuple(2.0 ** (-step / 4) for step in range(3, 25))
-WIDTHS = (8, 10, 12)
+# The densest source that a width is of use for: wide codewords need long phrases, which have few non-zeros.
+DENSEST = {8: 1.0, 10: 0.6, 12: 0.3}
 
 _GRID = np.linspace(-6.0, 9.0, 121)  # log-odds of a zero, where rates are tabulated
 
@@ -48,7 +49,7 @@ def trits_per_codeword(dictionary: Dictionary, p_zero: NDArray[np.float64]) -> N
         moves.append(probability @ kinds[2])
     if dictionary.tables == 1:
         return np.asarray(means[0])
-    second = moves[0] / (1 + moves[0] - moves[1])
+    second = moves[0] / np.maximum(1 + moves[0] - moves[1], 1e-12)
     return np.asarray((1 - second) * means[0] + second * means[1])
 
 
@@ -129,10 +130,13 @@ class DictionarySet:
         if differ:
             occurring = np.quantile(nonzeros / columns, (0.02, 0.98))
             shares = [s for s in NONZERO_SHARES if occurring[0] / 1.2 <= s <= occurring[1] * 1.2] or shares
-        return min(
-            (self._choose_shares(bits, list(shares), nonzeros, columns, differ) for bits in WIDTHS),
-            key=lambda choice: choice.size,
-        )
+        usable = {bits: [s for s in shares if s <= densest] for bits, densest in DENSEST.items()}
+        choices = [
+            self._choose_shares(bits, candidates, nonzeros, columns, differ)
+            for bits, candidates in usable.items()
+            if candidates
+        ]
+        return min(choices, key=lambda choice: choice.size)
 
     def _choose_shares(
         self, bits: int, shares: Sequence[float], nonzeros: NDArray[np.int64], columns: int, several: bool
