@@ -23,6 +23,7 @@ from qmoe_codec.errors import (
     VersionError,
 )
 
+from .files import flat_bytes
 from .safetensors_io import DTYPE_BITS, tensor_bytes
 
 MAGIC = b"QMXZ"
@@ -81,7 +82,7 @@ def encode_dense(dtype: str, shape: Sequence[int], data: bytes | bytearray | mem
             value=f"{dtype} {list(shape)}",
             expected=f"elements of whole bytes, at most {DIMENSION_LIMIT} dimensions",
         )
-    view = memoryview(data).cast("B")
+    view = flat_bytes(data)
     if view.nbytes != size:
         raise ArgumentError(
             "contradicts dtype and shape",
@@ -174,7 +175,7 @@ def read_dense_header(frame: bytes | bytearray | memoryview) -> DenseHeader:
     FormatError
         Of the kind that spec 5 gives for the fault.
     """
-    view = memoryview(frame).cast("B")
+    view = flat_bytes(frame)
     _check(
         len(view) >= HEADER.size,
         TruncatedError,
@@ -225,7 +226,7 @@ def decode_dense(frame: bytes | bytearray | memoryview) -> tuple[str, tuple[int,
     FormatError
         Of the kind that spec 5 gives for the fault.
     """
-    view = memoryview(frame).cast("B")
+    view = flat_bytes(frame)
     header = read_dense_header(view)
     # Every plane is decompressed before the whole is allocated, and each only as far as its bytes can reach.
     planes, position = [], HEADER.size

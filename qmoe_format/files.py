@@ -157,9 +157,23 @@ def create_file(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
 
+def flat_bytes(data: bytes | bytearray | memoryview) -> memoryview:
+    """View any contiguous buffer as a flat run of bytes, without a copy.
+
+    Raises
+    ------
+    ArgumentError
+        It is not contiguous.
+    """
+    view = memoryview(data)
+    if not view.c_contiguous:
+        raise ArgumentError("not contiguous", field="data", expected="a buffer in row order")
+    return view.cast("B") if view.nbytes else memoryview(b"")  # cast() takes no empty arrays
+
+
 def write_all(descriptor: int, data: bytes | bytearray | memoryview, path: Path) -> None:
     """Write all of `data`, which one call of write(2) need not do."""
-    view = memoryview(data).cast("B")
+    view = flat_bytes(data)
     with os_errors(path):
         while view.nbytes:
             view = view[os.write(descriptor, view[:CHUNK_BYTES]) :]

@@ -21,7 +21,7 @@ from typing import Self
 from qmoe_codec import crc32c
 from qmoe_codec.errors import ArgumentError, ChecksumError, HeaderError, SizeError, TruncatedError
 
-from .files import CHUNK_BYTES, create_file, open_regular, os_errors, parse_json, write_all
+from .files import CHUNK_BYTES, create_file, flat_bytes, open_regular, os_errors, parse_json, write_all
 
 #: Bits of an element.
 DTYPE_BITS: Mapping[str, int] = {
@@ -321,7 +321,7 @@ class SafetensorsWriter:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes to the tensor."""
-        view = memoryview(data).cast("B")
+        view = flat_bytes(data)
         write_all(self._descriptor, view, self.path)
         for start in range(0, view.nbytes, CHUNK_BYTES):
             self._crc = crc32c(view[start : start + CHUNK_BYTES], self._crc)

@@ -41,6 +41,7 @@ from .dense import can_encode, encode_dense
 from .files import (
     PartialDirectory,
     copy_file,
+    flat_bytes,
     flat_names,
     is_plain_name,
     os_errors,
@@ -327,7 +328,7 @@ class PackedModelWriter:
         if name.endswith(RESERVED_SUFFIXES) or name == "__metadata__":
             raise CheckpointError("a tensor of this name cannot be packed", field=name)
         size = tensor_bytes(dtype, tuple(shape))
-        if memoryview(data).nbytes != size:
+        if flat_bytes(data).nbytes != size:
             raise ArgumentError(
                 "data contradict dtype and shape",
                 field=name,
@@ -435,12 +436,9 @@ class PackedModelWriter:
         )
         with os_errors(directory / MANIFEST):
             os.rename(directory / (MANIFEST + ".tmp"), directory / MANIFEST)
-        # Read as any reader would: the shards' bytes were compared when they were closed.
-        with open_model(directory) as model:
-            for prefix in model.layers:
-                layer = model.layer(prefix)
-                for expert in range(layer.experts):
-                    layer.frames(expert)
+        # Open it as any reader would. The frames were looked at when they came and compared when their shard
+        # was closed; to read them here through a map would count the whole model as this process's memory.
+        open_model(directory).close()
         self._directory.commit()
 
     def __enter__(self) -> Self:
