@@ -1,0 +1,138 @@
+"""The demo's own model: a small OLMoE on bytes, trained from nothing, and how its loss is measured."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
+
+WINDOW = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How large the model is and how long it is trained."""
+
+    layers: int = 2
+    experts: int = 8
+    hidden: int = 256
+    width: int = 512
+    heads: int = 4
+    batch: int = 16
+    steps: int = 540
+    warmup: int = 50
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+def standard_library_text() -> bytes:
+    """The source of Python's own standard library: a few megabytes of text that are always at hand."""
+    folder = Path(os.path.dirname(os.__file__))
+    text = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
+    if len(text) < 100_000:
+        raise SystemExit(f"{folder}: {len(text)} bytes of *.py files, expected the standard library's source")
+    return text
+
+
+def split(text: bytes) -> tuple[bytes, bytes]:
+    """The first 95 % to train on, and the rest, which is held out."""
+    cut = len(text) * 95 // 100
+    return text[:cut], text[cut:]
+
+
+def train(settings: Settings, text: bytes) -> OlmoeForCausalLM:
+    """Train a model whose tokens are bytes."""
+    torch.manual_seed(settings.seed)
+    model = OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=256,
+            hidden_size=settings.hidden,
+            intermediate_size=settings.width,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            num_experts=settings.experts,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            max_position_embeddings=1024,
+            output_router_logits=True,  # so that the loss keeps the experts evenly used
+            router_aux_loss_coef=0.01,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    )
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+    def rate(step: int) -> float:
+        rise = min((step + 1) / settings.warmup, 1)
+        return rise * (0.05 + 0.95 * (1 + math.cos(math.pi * step / settings.steps)) / 2)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(settings.seed)
+    model.train()
+    smooth = math.log(256)
+    with tqdm(range(settings.steps), desc="training", unit="step") as bar:
+        for _ in bar:
+            starts = torch.randint(len(data) - WINDOW, (settings.batch, 1), generator=generator)
+            tokens = data[starts + torch.arange(WINDOW + 1)].long()
+            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+            optimizer.zero_grad()
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            smooth += 0.05 * (output.loss.item() - smooth)
+            bar.set_postfix_str(f"{smooth / math.log(2):.2f} bits/byte")
+    return model.eval()
+
+
+Encode = Callable[[bytes], list[int]]
+Decode = Callable[[list[int]], str]
+
+
+@torch.inference_mode()
+def bits_per_byte(model: PreTrainedModel, text: bytes, encode: Encode, windows: int) -> float:
+    """Mean bits that the model needs for a byte of `text`, in windows of 128 tokens and one before them."""
+    text = text[: 16 * windows * (WINDOW + 1)]  # more than enough, whatever the tokenizer
+    tokens = torch.tensor(encode(text))
+    bytes_per_token = len(text) / max(len(tokens), 1)
+    tokens = tokens[: len(tokens) // (WINDOW + 1) * (WINDOW + 1)].reshape(-1, WINDOW + 1)[:windows]
+    if not len(tokens):
+        raise SystemExit(f"{len(text)} bytes of held-out text are less than one window of {WINDOW} tokens")
+    total = 0.0
+    for batch in tqdm(tokens.split(8), desc="evaluating", unit="batch", leave=False):
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+        total += losses.item()
+    return total / math.log(2) / (len(tokens) * WINDOW * bytes_per_token)
+
+
+@torch.inference_mode()
+def sample(model: PreTrainedModel, prompt: bytes, encode: Encode, decode: Decode, tokens: int) -> str:
+    """Text that the model goes on with; the same draws for every model."""
+    torch.manual_seed(0)
+    ids = torch.tensor([encode(prompt)])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.6,
+        pad_token_id=0,
+    )
+    return decode(output[0].tolist())
