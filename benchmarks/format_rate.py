@@ -2,10 +2,9 @@
 
     make bench        (or: python benchmarks/format_rate.py [--json FILE])
 
-Columns, in bits per weight: the entropy of the source; this format's codewords, row index and headers; its levels;
-QMoE's published 16-bit dictionary with its 64 bits per row; zstd -19 over five trits a byte. The last column
-compares with the bound 1.045 x entropy + 18 bits per row + 128 bytes. Each matrix holds exactly its share of
-zeros and evenly mixed signs, so that its entropy is the source's.
+Columns, in bits per weight: the entropy of the source; codewords, row index and headers of this format; its
+levels; QMoE's 16-bit dictionary with its 64 bits per row; zstd -19 over five trits a byte; the bound 1.045 x entropy + 18 bits per row + 128 bytes. Each matrix holds exactly its share of zeros and evenly mixed
+signs, so that its entropy is the source's.
 """
 
 from __future__ import annotations
@@ -94,8 +93,9 @@ def main() -> int:
     print("   shape       p(0)   entropy    ours  (/entropy)  +levels   QMoE-16   zstd -19    bound")
     for r in results:
         shape = f"{r['rows']}x{r['columns']}"
+        ratio = r["ours"] / r["entropy"]
         print(
-            f"{shape:>10}   {r['p_zero']:.3f}   {r['entropy']:.4f}   {r['ours']:.4f}   ({r['ours'] / r['entropy']:.3f})"
+            f"{shape:>10}   {r['p_zero']:.3f}   {r['entropy']:.4f}   {r['ours']:.4f}   ({ratio:.3f})"
             f"     {r['levels']:.4f}    {r['qmoe16']:.4f}    {r['zstd19']:.4f}    {r['bound']:.4f}"
             f"  {'holds' if r['holds'] else 'EXCEEDED'}"
         )

@@ -1,7 +1,8 @@
-"""The 16-bit dictionary that QMoE published (Frantar & Alistarh, arXiv 2310.16795, section 4), as a peer to measure.
+"""The 16-bit dictionary of QMoE (Frantar & Alistarh, arXiv 2310.16795, section 4): a peer to measure.
 
-Phrases are strings of 1 to 14 pairs of weights. The 65,536 most probable ones under p(0) = .885 are the dictionary;
-since every prefix of a phrase is at least as probable as the phrase, greedy growth from the most probable finds them.
+Phrases are strings of 1 to 14 pairs of weights. The 65,536 most probable ones under p(0) = .885 are the
+dictionary; since every prefix of a phrase is at least as probable as the phrase, greedy growth from the most
+probable finds them.
 """
 
 from __future__ import annotations
