@@ -3,7 +3,8 @@
     make bench        (or: python benchmarks/format_rate.py [--json FILE])
 
 Columns, in bits per weight: the entropy of the source; codewords, row index and headers of this format; its
-levels; QMoE's 16-bit dictionary with its 64 bits per row; zstd -19 over five trits a byte; the bound 1.045 x entropy + 18 bits per row + 128 bytes. Each matrix holds exactly its share of zeros and evenly mixed
+levels; QMoE's 16-bit dictionary with its 64 bits per row; zstd -19 over five trits a byte; the bound of
+1.045 x entropy + 18 bits per row + 128 bytes. Each matrix holds exactly its share of zeros and evenly mixed
 signs, so that its entropy is the source's.
 """
 

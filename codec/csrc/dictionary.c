@@ -181,6 +181,7 @@ qmoe_status qmoe_dictionary_open(const uint8_t *frame, size_t size, qmoe_diction
 void qmoe_dictionary_close(qmoe_dictionary *dictionary) {
     if (dictionary) {
         free(atomic_load(&dictionary->encoder));
+        free(atomic_load(&dictionary->phrases));
         free(dictionary);
     }
 }

@@ -2,6 +2,7 @@
 #ifndef QMOE_INTERNAL_H
 #define QMOE_INTERNAL_H
 
+#include "phrases.h"
 #include "qmoe.h"
 
 #include <stdatomic.h>
@@ -83,12 +84,16 @@ typedef struct {
 struct qmoe_dictionary {
     qmoe_dictionary_info info;
     uint32_t kind;
-    _Atomic(encoder_tree *) encoder; /* made when first needed */
+    _Atomic(encoder_tree *) encoder; /* both made when first needed */
+    _Atomic(phrase_tables *) phrases;
     uint32_t words[];                /* [tables][2^bits] */
 };
 
 /* The dictionary's encoder tree, or NULL if memory is short. */
 const encoder_tree *qmoe_dictionary_encoder(const qmoe_dictionary *dictionary);
+
+/* The dictionary's tables for decoding, or NULL if memory is short. */
+const phrase_tables *qmoe_dictionary_phrases(const qmoe_dictionary *dictionary);
 
 /* ---- frames ---- */
 
