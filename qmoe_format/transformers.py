@@ -16,6 +16,7 @@ from typing import Any
 from qmoe_codec.errors import (
     HeaderError,
     MissingPackageError,
+    QMoEError,
     UnsupportedModelError,
 )
 
@@ -92,7 +93,7 @@ def load(
         or left over, or `device` is not the CPU.
     """
     path = Path(path)
-    if torch.device(device).type != "cpu":
+    if str(device) != "cpu":
         raise UnsupportedModelError(
             "packed experts compute on the CPU", field="device", value=device, expected="cpu"
         )
@@ -100,8 +101,10 @@ def load(
         model_class = _model_class(path, packed.config)
         try:
             loaded: Any = model_class.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
-        except RuntimeError as error:
-            # transformers keeps the text of an error in a conversion, not the error itself
+        except QMoEError:
+            raise
+        except (RuntimeError, ValueError, OSError) as error:
+            # transformers keeps the text of an error in a conversion, not the error itself: look again
             for name in packed.dense_names():
                 packed.dense(name)
             raise UnsupportedModelError(_one_line(error), file=path) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +337,16 @@ def test_an_altered_dense_frame_is_refused(tmp_path: Path) -> None:
     alter(model, "model.embed_tokens.weight.qmoe_zstd", 200)
     with pytest.raises(FormatError, match=r"model\.embed_tokens\.weight\.qmoe_zstd"):
         load(model)
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [("torch", "torch"), ("torch", "transformers"), ("transformers", "transformers")],
+)
+def test_a_package_that_is_not_installed(package: str, module: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import qmoe_format.{module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    message = result.stderr.strip().splitlines()[-1]
+    assert "MissingPackageError" in message
+    assert f"{package} is not installed: pip install 'qmoe-format[{package}]'" in message
