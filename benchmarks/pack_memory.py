@@ -2,8 +2,8 @@
 
     python benchmarks/pack_memory.py [--experts 32 256] [--rows 768] [--columns 3072]
 
-For each number, a checkpoint with one layer of that many experts of two matrices (rows × columns and columns ×
-rows) is made in a temporary folder and packed by a process of its own, whose peak resident memory the system
+For each number, a checkpoint with one layer of that many experts of two matrices (rows × columns, and columns
+× rows) is made in a temporary folder and packed by ``qmoe-pack``, whose peak resident memory the system
 reports. The difference must stay below the size of a few experts; otherwise the exit code is 1.
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +22,6 @@ import numpy as np
 from qmoe_format.safetensors_io import SafetensorsWriter
 
 EXPERTS_ALLOWED = 3
-
-PACK = """
-import json, resource, sys
-from qmoe_quantize import PackOptions, pack, predict
-source, out, levels, dense = sys.argv[1:]
-options = PackOptions(levels=levels, dense=dense)
-if not out:
-    print(json.dumps(predict(source, options).to_json()))
-else:
-    summary = pack(source, out, options)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_bytes": peak, **summary.to_json()}))
-"""
 
 
 def make_source(directory: Path, experts: int, rows: int, columns: int) -> None:
@@ -72,10 +59,17 @@ def make_source(directory: Path, experts: int, rows: int, columns: int) -> None:
     writer.close()
 
 
-def run(source: Path, out: Path | str, levels: str, dense: str) -> dict[str, float]:
-    """Pack, or with an empty `out` predict, in a process of its own."""
-    command = [sys.executable, "-c", PACK, str(source), str(out), levels, dense]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def run(*arguments: str | Path) -> tuple[dict[str, float], int]:
+    """Run ``qmoe-pack --json`` and give its result and its peak resident memory in bytes."""
+    command = [sys.executable, "-m", "qmoe_format.cli", "pack", "--json", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"qmoe-pack failed with exit code {process.returncode}")
+    return json.loads(text), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> int:
@@ -92,18 +86,18 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "source"
             make_source(source, experts, options.rows, options.columns)
-            plan = run(source, "", options.levels, options.dense)
-            start = time.monotonic()
-            packed = run(source, Path(folder) / "out", options.levels, options.dense)
+            recipe = ("--levels", options.levels, "--dense", options.dense)
+            plan, _ = run(source, "--dry-run", *recipe)
+            packed, peak = run(source, Path(folder) / "out", *recipe)
             results.append(
                 {
                     "experts": experts,
-                    "peak_bytes": packed["peak_bytes"],
+                    "peak_bytes": peak,
                     "predicted_peak_bytes": plan["peak_memory_bytes"],
                     "source_bytes": packed["source_bytes"],
                     "bits_per_weight": packed["bits_per_weight"],
                     "predicted_bits_per_weight": plan["bits_per_weight"],
-                    "seconds": time.monotonic() - start,
+                    "seconds": packed["seconds"],
                 }
             )
     expert_bytes = 2 * 2 * options.rows * options.columns
@@ -123,8 +117,8 @@ def main() -> int:
                 f"  {r['predicted_bits_per_weight']:9.4f}  {r['seconds']:7.1f}"
             )
         print(
-            f"growth {growth / 1e6:.1f} MB = {growth / expert_bytes:.1f} experts of {expert_bytes / 1e6:.1f} MB: "
-            + ("flat" if flat else f"more than {EXPERTS_ALLOWED} experts")
+            f"growth {growth / 1e6:.1f} MB = {growth / expert_bytes:.1f} experts of "
+            f"{expert_bytes / 1e6:.1f} MB: " + ("flat" if flat else f"more than {EXPERTS_ALLOWED} experts")
         )
     return 0 if flat else 1
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,8 @@ from .text import size, table
 
 if TYPE_CHECKING:
     from qmoe_quantize import PackSummary, Plan
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +82,7 @@ def _run(options: argparse.Namespace) -> None:
         plan = predict(options.source, settings)
         print_json(plan.to_json()) if options.json else print(_plan_text(plan))
         return
+    _return_freed_memory()
     start = time.monotonic()
     with ByteProgress("packing", quiet=options.quiet) as progress:
         summary = pack(options.source, options.out, settings, progress=progress)
@@ -86,6 +91,17 @@ def _run(options: argparse.Namespace) -> None:
         print_json({**summary.to_json(), "seconds": seconds})
     else:
         print(_summary_text(options.out, summary, seconds))
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give every freed matrix back to the system at once.
+
+    Left alone, it raises its threshold for that to the size of what is freed, and then fragments: packing 256
+    experts of 768 × 3072 took 380 MB at its peak instead of 275 MB, and more with more experts.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _plan_text(plan: Plan) -> str:

@@ -159,7 +159,7 @@ class NearestTernarizer:
     def matrix(self, weight: Tensor) -> TernaryMatrix:
         """Ternarize one matrix, float32 [rows, columns]."""
         trits, levels = ternarize(weight, self._levels, self._level_format)
-        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+        norm = float(torch.linalg.vector_norm(weight)) ** 2
         return TernaryMatrix(trits, levels, float(squared_error(weight, levels).sum()), norm)
 
 
