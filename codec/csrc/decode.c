@@ -1,16 +1,14 @@
 /* Decoding of rows, to trits and to weights (spec 4.3, 4.4). */
 #include "internal.h"
+#include "parallel.h"
 
 #include <stdlib.h>
 
-qmoe_status qmoe_decode_row(const qmoe_matrix *matrix, const row_codewords *row, int8_t *trits, qmoe_error *error) {
+qmoe_status qmoe_check_row(const qmoe_matrix *matrix, const row_codewords *row, qmoe_error *error) {
     const uint8_t *array = matrix->frame + matrix->layout.codewords_start;
     const qmoe_dictionary *dictionary = row->dictionary;
     uint32_t columns = matrix->layout.columns, bits = matrix->layout.bits;
     uint32_t column = 0, table = 0;
-    if (trits) {
-        memset(trits, 0, columns);
-    }
     for (uint32_t i = 0; i < row->count; i++) {
         uint32_t codeword = packed_wide(array, row->first + i, bits);
         uint32_t word = dictionary->words[table << bits | codeword];
@@ -20,13 +18,12 @@ qmoe_status qmoe_decode_row(const qmoe_matrix *matrix, const row_codewords *row,
         if (!word) {
             return qmoe_fail(error, QMOE_PAYLOAD, "codewords", codeword, "a codeword that the dictionary uses");
         }
-        for (unsigned k = 0; k < MAXIMUM_NONZEROS && word_position(word, k) != NO_POSITION; k++) {
-            uint32_t position = column + word_position(word, k);
-            if (position >= columns) {
-                return qmoe_fail(error, QMOE_PAYLOAD, "codewords", position, "no non-zero beyond the row");
-            }
-            if (trits) {
-                trits[position] = word_negative(word, k) ? -1 : 1;
+        if (column + word_length(word) > columns) { /* then only zeros may reach past the end */
+            for (unsigned k = 0; k < MAXIMUM_NONZEROS && word_position(word, k) != NO_POSITION; k++) {
+                uint32_t position = column + word_position(word, k);
+                if (position >= columns) {
+                    return qmoe_fail(error, QMOE_PAYLOAD, "codewords", position, "no non-zero beyond the row");
+                }
             }
         }
         column += word_length(word);
@@ -35,96 +32,149 @@ qmoe_status qmoe_decode_row(const qmoe_matrix *matrix, const row_codewords *row,
     return QMOE_OK;
 }
 
-qmoe_status qmoe_decode_raw(const qmoe_matrix *matrix, uint64_t first, uint64_t count, int8_t *trits,
-                            qmoe_error *error) {
+qmoe_status qmoe_check_raw(const qmoe_matrix *matrix, qmoe_error *error) {
     const uint8_t *array = matrix->frame + matrix->layout.codewords_start;
     uint64_t weights = (uint64_t)matrix->layout.rows * matrix->layout.columns;
-    for (uint64_t index = first / 5 * 5; index < first + count; index += 5) {
-        uint32_t byte = array[index / 5];
-        if (byte > 242) {
-            return qmoe_fail(error, QMOE_PAYLOAD, "trits", byte, "a byte of at most 242");
+    uint64_t bytes = matrix->layout.codewords_end - matrix->layout.codewords_start;
+    for (uint64_t i = 0; i < bytes; i++) {
+        if (array[i] > 242) {
+            return qmoe_fail(error, QMOE_PAYLOAD, "trits", array[i], "a byte of at most 242");
         }
-        for (uint64_t i = index; i < index + 5; i++, byte /= 3) {
-            if (i >= weights && byte % 3) {
-                return qmoe_fail(error, QMOE_PAYLOAD, "trits", byte, "digit 0 after the last trit");
-            }
-            if (trits && i >= first && i < first + count) {
-                trits[i - first] = (int8_t)(byte % 3) - 1;
-            }
-        }
+    }
+    static const uint8_t powers[5] = {243, 3, 9, 27, 81}; /* of the digits that are used, by weights mod 5 */
+    if (bytes && array[bytes - 1] >= powers[weights % 5]) {
+        return qmoe_fail(error, QMOE_PAYLOAD, "trits", array[bytes - 1], "digit 0 after the last trit");
     }
     return QMOE_OK;
 }
 
-static qmoe_status check_range(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, qmoe_error *error) {
-    uint32_t rows = matrix->layout.rows;
-    if (first_row > rows || row_count > rows - first_row) {
-        return qmoe_fail(error, QMOE_ARGUMENT, "first_row", (int64_t)first_row + row_count, "rows of the matrix");
+/* Trits of a raw frame from number `first` on. */
+static void decode_raw(const qmoe_matrix *matrix, uint64_t first, uint32_t count, int8_t *trits) {
+    const uint8_t *array = matrix->frame + matrix->layout.codewords_start;
+    uint32_t skip = (uint32_t)(first % 5), i = 0;
+    for (uint64_t byte = first / 5; i < count; byte++, skip = 0) {
+        uint32_t value = array[byte];
+        for (uint32_t digit = 0; digit < 5 && i < count; digit++, value /= 3) {
+            if (digit >= skip) {
+                trits[i++] = (int8_t)(value % 3) - 1;
+            }
+        }
     }
+}
+
+codeword_source qmoe_row_source(const qmoe_matrix *matrix, const row_codewords *row) {
+    const frame_layout *layout = &matrix->layout;
+    return (codeword_source){.array = matrix->frame + layout->codewords_start,
+                             .limit = matrix->frame + layout->frame_size,
+                             .first = row->first,
+                             .bits = layout->bits,
+                             .threshold = row->dictionary->info.threshold};
+}
+
+void qmoe_decode_rows(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, decoded_row *use,
+                      void *context, int8_t *scratch) {
+    const qmoe_kernels *kernels = qmoe_chosen_kernels();
+    uint32_t columns = matrix->layout.columns;
+    bool raw = matrix->layout.codec == CODEC_RAW;
+    row_cursor cursor = raw ? (row_cursor){0} : qmoe_rows_from(matrix, first_row);
+    for (uint32_t row = first_row; row < first_row + row_count; row++) {
+        if (raw) {
+            decode_raw(matrix, (uint64_t)row * columns, columns, scratch);
+        } else {
+            row_codewords codewords = qmoe_next_row(&cursor);
+            codeword_source source = qmoe_row_source(matrix, &codewords);
+            kernels->decode_row(&source, codewords.count, matrix->phrases[codewords.dictionary_number], columns,
+                                scratch);
+        }
+        use(context, matrix, row, scratch);
+    }
+}
+
+/* ---- all rows of a range, shared out ---- */
+
+enum { ROWS_PER_UNIT = 32 };
+
+typedef struct {
+    const qmoe_matrix *matrix;
+    uint32_t first_row, row_count;
+    int8_t *scratch; /* [threads][columns + SLACK] */
+    decoded_row *use;
+    int dtype;
+    void *output;
+} decoding;
+
+static void use_trits(void *context, const qmoe_matrix *matrix, uint32_t row, const int8_t *trits) {
+    const decoding *work = context;
+    size_t columns = matrix->layout.columns;
+    memcpy((int8_t *)work->output + (row - work->first_row) * columns, trits, columns);
+}
+
+static void use_weights(void *context, const qmoe_matrix *matrix, uint32_t row, const int8_t *trits) {
+    const decoding *work = context;
+    const qmoe_kernels *kernels = qmoe_chosen_kernels();
+    uint32_t columns = matrix->layout.columns;
+    size_t start = (size_t)(row - work->first_row) * columns;
+    float levels[2];
+    qmoe_row_levels(matrix, row, levels);
+    if (work->dtype == QMOE_FLOAT32) {
+        uint32_t bits[2];
+        memcpy(bits, levels, sizeof bits);
+        kernels->dequantize_32(trits, columns, bits, (uint32_t *)work->output + start);
+        return;
+    }
+    uint16_t (*narrow)(float) = work->dtype == QMOE_BFLOAT16 ? qmoe_to_bfloat16 : qmoe_to_float16;
+    const uint16_t bits[2] = {narrow(levels[0]), narrow(levels[1])};
+    kernels->dequantize_16(trits, columns, bits, (uint16_t *)work->output + start);
+}
+
+static void decode_unit(void *context, unsigned unit, unsigned thread) {
+    decoding *work = context;
+    uint32_t done = unit * ROWS_PER_UNIT;
+    uint32_t some = work->row_count - done < ROWS_PER_UNIT ? work->row_count - done : ROWS_PER_UNIT;
+    int8_t *scratch = work->scratch + thread * ((size_t)work->matrix->layout.columns + SLACK);
+    qmoe_decode_rows(work->matrix, work->first_row + done, some, work->use, work, scratch);
+}
+
+static qmoe_status decode_all(decoding *work, unsigned threads, qmoe_error *error) {
+    const frame_layout *layout = &work->matrix->layout;
+    if (work->first_row > layout->rows || work->row_count > layout->rows - work->first_row) {
+        return qmoe_fail(error, QMOE_ARGUMENT, "first_row", (int64_t)work->first_row + work->row_count,
+                         "rows of the matrix");
+    }
+    if (threads == 0 || threads > MAXIMUM_THREADS) {
+        return qmoe_fail(error, QMOE_ARGUMENT, "threads", threads, "1 to 256");
+    }
+    unsigned units = (work->row_count + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
+    threads = threads < units ? threads : units;
+    work->scratch = malloc((threads ? threads : 1) * ((size_t)layout->columns + SLACK));
+    if (!work->scratch) {
+        return qmoe_fail(error, QMOE_MEMORY, "columns", layout->columns, "enough memory");
+    }
+    qmoe_parallel(threads, units, decode_unit, work);
+    free(work->scratch);
     return QMOE_OK;
 }
 
 qmoe_status qmoe_matrix_decode(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, int8_t *trits,
-                               qmoe_error *error) {
-    qmoe_status status = check_range(matrix, first_row, row_count, error);
-    if (status != QMOE_OK) {
-        return status;
-    }
-    uint64_t columns = matrix->layout.columns;
-    if (matrix->layout.codec == CODEC_RAW) {
-        return qmoe_decode_raw(matrix, first_row * columns, row_count * columns, trits, error);
-    }
-    row_cursor cursor = qmoe_rows_from(matrix, first_row);
-    for (uint32_t row = 0; status == QMOE_OK && row < row_count; row++) {
-        row_codewords codewords = qmoe_next_row(&cursor);
-        status = qmoe_decode_row(matrix, &codewords, trits + row * columns, error);
-    }
-    return status;
-}
-
-static void dequantize_float32(const int8_t *trits, uint32_t columns, const float levels[2], float *weights) {
-    const float values[3] = {levels[0], 0.0f, levels[1]};
-    for (uint32_t column = 0; column < columns; column++) {
-        weights[column] = values[trits[column] + 1];
-    }
-}
-
-static void dequantize_16(const int8_t *trits, uint32_t columns, uint16_t low, uint16_t high, uint16_t *weights) {
-    const uint16_t values[3] = {low, 0, high};
-    for (uint32_t column = 0; column < columns; column++) {
-        weights[column] = values[trits[column] + 1];
-    }
+                               unsigned threads, qmoe_error *error) {
+    decoding work = {.matrix = matrix,
+                     .first_row = first_row,
+                     .row_count = row_count,
+                     .use = use_trits,
+                     .output = trits};
+    return decode_all(&work, threads, error);
 }
 
 qmoe_status qmoe_matrix_dequantize(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count,
-                                   qmoe_dtype dtype, void *weights, qmoe_error *error) {
-    qmoe_status status = check_range(matrix, first_row, row_count, error);
-    if (status != QMOE_OK) {
-        return status;
+                                   qmoe_dtype dtype, void *weights, unsigned threads, qmoe_error *error) {
+    decoding work = {.matrix = matrix,
+                     .first_row = first_row,
+                     .row_count = row_count,
+                     .use = use_weights,
+                     .dtype = (int)dtype,
+                     .output = weights};
+    if (dtype != QMOE_FLOAT32 && dtype != QMOE_BFLOAT16 && dtype != QMOE_FLOAT16) {
+        return qmoe_fail(error, QMOE_ARGUMENT, "dtype", (int64_t)dtype, "float32, bfloat16 or float16");
     }
-    uint32_t columns = matrix->layout.columns;
-    int8_t *trits = malloc(columns ? columns : 1);
-    if (!trits) {
-        return qmoe_fail(error, QMOE_MEMORY, "columns", columns, "enough memory");
-    }
-    for (uint32_t row = 0; row < row_count; row++) {
-        status = qmoe_matrix_decode(matrix, first_row + row, 1, trits, error);
-        if (status != QMOE_OK) {
-            break;
-        }
-        float levels[2];
-        qmoe_row_levels(matrix, first_row + row, levels);
-        size_t start = (size_t)row * columns;
-        if (dtype == QMOE_FLOAT32) {
-            dequantize_float32(trits, columns, levels, (float *)weights + start);
-        } else if (dtype == QMOE_BFLOAT16) {
-            dequantize_16(trits, columns, qmoe_to_bfloat16(levels[0]), qmoe_to_bfloat16(levels[1]),
-                          (uint16_t *)weights + start);
-        } else {
-            dequantize_16(trits, columns, qmoe_to_float16(levels[0]), qmoe_to_float16(levels[1]),
-                          (uint16_t *)weights + start);
-        }
-    }
-    free(trits);
-    return status;
+    return decode_all(&work, threads, error);
 }

@@ -114,7 +114,9 @@ static qmoe_status read_table(qmoe_dictionary *dictionary, const uint8_t *payloa
     return QMOE_OK;
 }
 
-static bool legal_bits(uint32_t bits) { return bits == 8 || bits == 10 || bits == 12 || bits == 16; }
+static bool legal_bits(uint32_t kind, uint32_t bits) {
+    return bits == 8 || bits == 10 || bits == 12 || (bits == 16 && kind == KIND_TABLE);
+}
 
 qmoe_status qmoe_dictionary_open(const uint8_t *frame, size_t size, qmoe_dictionary **result, qmoe_error *error) {
     if (size < DICTIONARY_HEADER_SIZE) {
@@ -134,8 +136,8 @@ qmoe_status qmoe_dictionary_open(const uint8_t *frame, size_t size, qmoe_diction
     if (kind > KIND_TREES) {
         return qmoe_fail(error, QMOE_HEADER, "kind", kind, "0 or 1");
     }
-    if (!legal_bits(bits)) {
-        return qmoe_fail(error, QMOE_HEADER, "bits", bits, "8, 10, 12 or 16");
+    if (!legal_bits(kind, bits)) {
+        return qmoe_fail(error, QMOE_HEADER, "bits", bits, "8, 10 or 12; for a table also 16");
     }
     uint32_t values = 1u << bits;
     if (kind == KIND_TREES ? threshold < 1 || threshold > values : threshold != values) {
@@ -273,6 +275,27 @@ static uint32_t lay_out(const coded_phrase *phrases, uint32_t count, encoder_nod
     return next;
 }
 
+/*
+ * At a node with a codeword a non-zero first ends the phrase, and the next begins with it. If it leads to a leaf, that
+ * phrase ends too, and the walk is back at T0's root.
+ */
+static encoder_jump jump_from(const encoder_tree *tree, uint32_t threshold, uint32_t node, unsigned negative) {
+    encoder_jump jump = {.emitted = 0};
+    int32_t codeword = tree->nodes[node].codeword;
+    if (codeword >= 0) {
+        jump.codewords[jump.emitted++] = (uint16_t)codeword;
+        node = tree->root[(uint32_t)codeword >= threshold];
+    }
+    node = tree->nodes[node].child[negative];
+    codeword = tree->nodes[node].codeword;
+    if (tree->nodes[node].zeros == 0 && codeword >= 0) {
+        jump.codewords[jump.emitted++] = (uint16_t)codeword;
+        node = tree->root[0];
+    }
+    jump.node = (uint16_t)node;
+    return jump;
+}
+
 static encoder_tree *build_encoder(const qmoe_dictionary *dictionary) {
     uint32_t values = 1u << dictionary->info.bits;
     coded_phrase *phrases = malloc(sizeof *phrases * 2 * values);
@@ -292,12 +315,19 @@ static encoder_tree *build_encoder(const qmoe_dictionary *dictionary) {
     }
     uint32_t second = lay_out(phrases, counts[0], NULL, 0);
     uint32_t total = lay_out(phrases + values, counts[1], NULL, second);
-    encoder_tree *tree = malloc(sizeof *tree + sizeof *tree->nodes * total);
+    uint32_t jump_count = dictionary->kind == KIND_TREES ? 2 * total : 0;
+    encoder_tree *tree = malloc(sizeof *tree + sizeof *tree->nodes * total + sizeof(encoder_jump) * jump_count);
     if (tree) {
         tree->root[0] = 0;
         tree->root[1] = second;
+        tree->node_count = total;
         lay_out(phrases, counts[0], tree->nodes, 0);
         lay_out(phrases + values, counts[1], tree->nodes, second);
+        encoder_jump *jumps = (encoder_jump *)(void *)(tree->nodes + total);
+        for (uint32_t i = 0; i < jump_count; i++) {
+            jumps[i] = jump_from(tree, dictionary->info.threshold, i / 2, i % 2);
+        }
+        tree->jumps = jump_count ? jumps : NULL;
     }
     free(phrases);
     return tree;

@@ -11,9 +11,11 @@ typedef struct {
     uint32_t *row_counts;
 } codeword_list;
 
-static bool append(codeword_list *list, uint32_t codeword) {
-    if (list->count == list->capacity) {
-        uint64_t capacity = list->capacity ? 2 * list->capacity : 4096;
+/* Room for one more row, which may emit a codeword for each column and one to finish. */
+static bool reserve(codeword_list *list, uint32_t columns) {
+    uint64_t needed = list->count + columns + 2;
+    if (needed > list->capacity) {
+        uint64_t capacity = needed > 2 * list->capacity ? needed : 2 * list->capacity;
         uint16_t *grown = realloc(list->codewords, capacity * sizeof *grown);
         if (!grown) {
             return false;
@@ -21,88 +23,73 @@ static bool append(codeword_list *list, uint32_t codeword) {
         list->codewords = grown;
         list->capacity = capacity;
     }
-    list->codewords[list->count++] = (uint16_t)codeword;
     return true;
 }
 
-/* Column of the first non-zero at or after `column`, or `columns`. */
-static uint32_t next_nonzero(const int8_t *trits, uint32_t column, uint32_t columns) {
-    for (; column + 8 <= columns; column += 8) {
-        uint64_t eight = load64((const uint8_t *)trits + column);
-        if (eight) {
-            return column + (uint32_t)__builtin_ctzll(eight) / 8;
-        }
+/* A walk along a pair of parse trees. */
+typedef struct {
+    uint32_t node;
+    uint32_t column; /* up to which the row is taken */
+    uint16_t *next;  /* where the next codeword goes */
+} walk;
+
+/* Take the zeros up to `column` and the non-zero there. */
+static inline void take_nonzero(walk *state, const encoder_tree *tree, uint32_t column, unsigned negative) {
+    uint32_t run = column - state->column, node = state->node;
+    while (run > tree->nodes[node].zeros) { /* to the leaf at the end of the zeros, and on from T0's root */
+        uint32_t zeros = tree->nodes[node].zeros;
+        *state->next++ = (uint16_t)tree->nodes[node + zeros].codeword;
+        run -= zeros;
+        node = tree->root[0];
     }
-    while (column < columns && trits[column] == 0) {
-        column++;
-    }
-    return column;
+    const encoder_jump *jump = tree->jumps + 2 * (size_t)(node + run) + negative;
+    memcpy(state->next, jump->codewords, sizeof jump->codewords);
+    state->next += jump->emitted;
+    state->node = jump->node;
+    state->column = column + 1;
 }
 
-/*
- * Encode a row along trees: a node on the way either has a codeword or is complete, so the walk never turns
- * back. From a node, a run of zeros leads straight to the node that many places on.
- */
-static qmoe_status encode_row_trees(const int8_t *trits, uint32_t columns, const qmoe_dictionary *dictionary,
-                                    const encoder_tree *tree, codeword_list *list, qmoe_error *error) {
-    const encoder_node *nodes = tree->nodes;
-    uint32_t node = tree->root[0];
-    uint32_t column = 0;
-    bool pending = false; /* the walk has left the root */
-    for (;;) {
-        uint32_t next = next_nonzero(trits, column, columns);
-        bool ended = next == columns;
-        uint32_t run = next - column;
-        while (run > nodes[node].zeros && !ended) { /* to the leaf at the end of the zeros, and start again in T0 */
-            run -= nodes[node].zeros;
-            node += nodes[node].zeros;
-            if (!append(list, (uint32_t)nodes[node].codeword)) {
-                return qmoe_fail(error, QMOE_MEMORY, "codewords", column, "enough memory");
-            }
-            node = tree->root[0];
+/* Encode a row along trees: a node has a codeword or is complete, so the walk never turns back. */
+static uint64_t encode_row_trees(const qmoe_kernels *kernels, const int8_t *trits, uint32_t columns,
+                                 const encoder_tree *tree, uint16_t *codewords) {
+    walk state = {.node = tree->root[0], .next = codewords};
+    for (uint32_t first = 0; first < columns; first += 64) {
+        uint64_t nonzero, negative;
+        if (columns - first >= 64) {
+            kernels->masks(trits + first, &nonzero, &negative);
+        } else {
+            int8_t last[64] = {0};
+            memcpy(last, trits + first, columns - first);
+            kernels->masks(last, &nonzero, &negative);
         }
-        if (ended) {
-            if (!pending) {
-                return QMOE_OK;
-            }
-            while (nodes[node].codeword < 0) {
-                node++;
-            }
-            return append(list, (uint32_t)nodes[node].codeword)
-                       ? QMOE_OK
-                       : qmoe_fail(error, QMOE_MEMORY, "codewords", column, "enough memory");
-        }
-        node += run;
-        if (nodes[node].codeword >= 0) { /* a leaf or incomplete: emit, and go on with this non-zero */
-            bool incomplete = (uint32_t)nodes[node].codeword >= dictionary->info.threshold;
-            if (!append(list, (uint32_t)nodes[node].codeword)) {
-                return qmoe_fail(error, QMOE_MEMORY, "codewords", column, "enough memory");
-            }
-            node = tree->root[incomplete];
-        }
-        node = nodes[node].child[trits[next] < 0];
-        column = next + 1;
-        pending = true;
-        if (nodes[node].zeros == 0 && nodes[node].codeword >= 0) { /* a leaf */
-            if (!append(list, (uint32_t)nodes[node].codeword)) {
-                return qmoe_fail(error, QMOE_MEMORY, "codewords", column, "enough memory");
-            }
-            node = tree->root[0];
-            pending = false;
+        for (; nonzero; nonzero &= nonzero - 1) {
+            unsigned bit = (unsigned)__builtin_ctzll(nonzero);
+            take_nonzero(&state, tree, first + bit, negative >> bit & 1);
         }
     }
+    if (state.node != tree->root[0]) { /* finish the phrase, with zeros if need be */
+        while (tree->nodes[state.node].codeword < 0) {
+            state.node++;
+        }
+        *state.next++ = (uint16_t)tree->nodes[state.node].codeword;
+    }
+    return (uint64_t)(state.next - codewords);
 }
 
 /* Encode a row with a table: the longest phrase that matches, zeros beyond the row's end included. */
 static qmoe_status encode_row_table(const int8_t *trits, uint32_t columns, const encoder_tree *tree,
-                                    codeword_list *list, qmoe_error *error) {
+                                    uint16_t *codewords, uint64_t *count, qmoe_error *error) {
     const encoder_node *nodes = tree->nodes;
-    uint32_t column = 0;
-    while (next_nonzero(trits, column, columns) < columns) {
+    uint32_t end = columns, column = 0;
+    while (end && trits[end - 1] == 0) {
+        end--;
+    }
+    *count = 0;
+    while (column < end) {
         uint32_t node = tree->root[0], length = 0, best_length = 0;
         int32_t best = -1;
         for (;;) {
-            int8_t trit = column + length < columns ? trits[column + length] : 0;
+            int8_t trit = length < columns - column ? trits[column + length] : 0;
             uint32_t child = trit ? nodes[node].child[trit < 0] : nodes[node].zeros ? node + 1 : 0;
             if (!child) {
                 break;
@@ -117,9 +104,7 @@ static qmoe_status encode_row_table(const int8_t *trits, uint32_t columns, const
         if (best < 0) {
             return qmoe_fail(error, QMOE_PAYLOAD, "dictionary", column, "a phrase that matches");
         }
-        if (!append(list, (uint32_t)best)) {
-            return qmoe_fail(error, QMOE_MEMORY, "codewords", column, "enough memory");
-        }
+        codewords[(*count)++] = (uint16_t)best;
         column = best_length < columns - column ? column + best_length : columns;
     }
     return QMOE_OK;
@@ -213,18 +198,23 @@ static void write_coded(const codeword_list *list, const frame_layout *layout, c
             pack_element(frame + layout->selectors_start, row, layout->selector_bits, selectors[row]);
         }
     }
+    /* Whole words of 32 bits go out; the padding after the codewords has room for the last. */
     uint8_t *array = frame + layout->codewords_start;
-    uint64_t bits = 0;
+    uint64_t waiting = 0;
     unsigned filled = 0;
     for (uint64_t i = 0; i < list->count; i++) {
-        bits |= (uint64_t)list->codewords[i] << filled;
-        for (filled += layout->bits; filled >= 8; filled -= 8, bits >>= 8) {
-            *array++ = (uint8_t)bits;
+        waiting |= (uint64_t)list->codewords[i] << filled;
+        filled += layout->bits;
+        if (filled >= 32) {
+            uint32_t word = (uint32_t)waiting;
+            memcpy(array, &word, sizeof word);
+            array += sizeof word;
+            waiting >>= 32;
+            filled -= 32;
         }
     }
-    if (filled) {
-        *array = (uint8_t)bits;
-    }
+    uint32_t word = (uint32_t)waiting;
+    memcpy(array, &word, sizeof word);
 }
 
 static void write_header(const frame_layout *layout, uint8_t *frame) {
@@ -276,10 +266,12 @@ static qmoe_status check_arguments(const int8_t *trits, const float *levels, con
             return qmoe_fail(error, QMOE_ARGUMENT, "selectors", row, "a dictionary for each row");
         }
     }
+    uint8_t illegal = 0;
     for (uint64_t i = 0; i < weights; i++) {
-        if (trits[i] < -1 || trits[i] > 1) {
-            return qmoe_fail(error, QMOE_ARGUMENT, "trits", trits[i], "-1, 0 or 1");
-        }
+        illegal |= (uint8_t)(trits[i] + 1) > 2;
+    }
+    if (illegal) {
+        return qmoe_fail(error, QMOE_ARGUMENT, "trits", 0, "-1, 0 or 1");
     }
     for (size_t i = 0; i < 2 * (size_t)layout->rows; i++) {
         float level = levels[i];
@@ -301,24 +293,37 @@ static qmoe_status check_arguments(const int8_t *trits, const float *levels, con
 static qmoe_status encode_rows(const int8_t *trits, const frame_layout *layout,
                                const qmoe_dictionary *const *dictionaries, const uint8_t *selectors,
                                codeword_list *list, qmoe_error *error) {
-    qmoe_status status = QMOE_OK;
-    for (uint32_t row = 0; status == QMOE_OK && row < layout->rows; row++) {
-        const qmoe_dictionary *dictionary = dictionaries[layout->dictionary_count > 1 ? selectors[row] : 0];
-        const encoder_tree *tree = qmoe_dictionary_encoder(dictionary);
-        if (!tree) {
-            return qmoe_fail(error, QMOE_MEMORY, "dictionary", row, "enough memory");
+    const qmoe_kernels *kernels = qmoe_chosen_kernels();
+    const encoder_tree *trees[MAXIMUM_DICTIONARIES];
+    for (uint32_t i = 0; i < layout->dictionary_count; i++) {
+        trees[i] = qmoe_dictionary_encoder(dictionaries[i]);
+        if (!trees[i]) {
+            return qmoe_fail(error, QMOE_MEMORY, "dictionary", i, "enough memory");
         }
+    }
+    for (uint32_t row = 0; row < layout->rows; row++) {
+        uint32_t number = layout->dictionary_count > 1 ? selectors[row] : 0;
         const int8_t *row_trits = trits + (size_t)row * layout->columns;
-        uint64_t before = list->count;
-        status = dictionary->kind == KIND_TREES
-                     ? encode_row_trees(row_trits, layout->columns, dictionary, tree, list, error)
-                     : encode_row_table(row_trits, layout->columns, tree, list, error);
-        list->row_counts[row] = (uint32_t)(list->count - before);
+        if (!reserve(list, layout->columns)) {
+            return qmoe_fail(error, QMOE_MEMORY, "codewords", row, "enough memory");
+        }
+        uint16_t *next = list->codewords + list->count;
+        uint64_t count = 0;
+        if (dictionaries[number]->kind == KIND_TREES) {
+            count = encode_row_trees(kernels, row_trits, layout->columns, trees[number], next);
+        } else {
+            qmoe_status status = encode_row_table(row_trits, layout->columns, trees[number], next, &count, error);
+            if (status != QMOE_OK) {
+                return status;
+            }
+        }
+        list->row_counts[row] = (uint32_t)count;
+        list->count += count;
         if (list->count > UINT32_MAX) {
             return qmoe_fail(error, QMOE_ARGUMENT, "trits", (int64_t)list->count, "fewer than 2^32 codewords");
         }
     }
-    return status;
+    return QMOE_OK;
 }
 
 qmoe_status qmoe_encode(const int8_t *trits, const float *levels, uint32_t rows, uint32_t columns,

@@ -212,6 +212,10 @@ static qmoe_status find_dictionaries(qmoe_matrix *matrix, const qmoe_dictionary 
             return qmoe_fail(error, QMOE_DICTIONARY, "dictionary_ids", matrix->layout.dictionary_ids[i],
                              "a dictionary at hand, with the frame's bits");
         }
+        matrix->phrases[i] = qmoe_dictionary_phrases(matrix->dictionaries[i]);
+        if (!matrix->phrases[i]) {
+            return qmoe_fail(error, QMOE_MEMORY, "dictionary_ids", i, "enough memory");
+        }
     }
     return QMOE_OK;
 }
@@ -220,13 +224,13 @@ static qmoe_status find_dictionaries(qmoe_matrix *matrix, const qmoe_dictionary 
 static qmoe_status check_codewords(const qmoe_matrix *matrix, qmoe_error *error) {
     const frame_layout *layout = &matrix->layout;
     if (layout->codec == CODEC_RAW) {
-        return qmoe_decode_raw(matrix, 0, (uint64_t)layout->rows * layout->columns, NULL, error);
+        return qmoe_check_raw(matrix, error);
     }
     row_cursor cursor = qmoe_rows_from(matrix, 0);
     qmoe_status status = QMOE_OK;
     for (uint32_t row = 0; status == QMOE_OK && row < layout->rows; row++) {
         row_codewords codewords = qmoe_next_row(&cursor);
-        status = qmoe_decode_row(matrix, &codewords, NULL, error);
+        status = qmoe_check_row(matrix, &codewords, error);
     }
     return status;
 }
@@ -335,9 +339,10 @@ row_codewords qmoe_next_row(row_cursor *cursor) {
     const frame_layout *layout = &matrix->layout;
     uint32_t selector = packed_narrow(matrix->frame, layout->selectors_start, layout->row_index_end, cursor->row,
                                       layout->selector_bits);
-    row_codewords row = {cursor->first, row_count(matrix, cursor->row),
-                         matrix->dictionaries[selector < layout->dictionary_count ? selector : 0]};
-    /* The frame may have changed since it was checked: never walk past the codewords. */
+    /* The frame may have changed since it was checked: never name a dictionary that is not there, ... */
+    uint32_t number = selector < layout->dictionary_count ? selector : 0;
+    row_codewords row = {cursor->first, row_count(matrix, cursor->row), number, matrix->dictionaries[number]};
+    /* ... nor walk past the codewords. */
     if (row.first > layout->codeword_count || row.count > layout->codeword_count - row.first) {
         row.count = 0;
     }

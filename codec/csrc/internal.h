@@ -1,7 +1,8 @@
-/* What the parts of the library share. Layering: crc32c, common < dictionary < frame < decode, encode < matmul. */
+/* What the parts of the library share. Layering: common, crc32c, kernels < dictionary, phrases < frame < decode, encode < matmul. */
 #ifndef QMOE_INTERNAL_H
 #define QMOE_INTERNAL_H
 
+#include "kernels.h"
 #include "phrases.h"
 #include "qmoe.h"
 
@@ -68,7 +69,7 @@ enum { NO_POSITION = 127 };
 
 /*
  * The phrases as a tree for encoding, nodes in preorder with the child for 0 first: the node that `z` zeros lead to
- * from node n is n + z, for z <= zeros[n].
+ * from node n is n + z, for z <= zeros of n.
  */
 typedef struct {
     int32_t codeword;  /* -1 if none */
@@ -76,8 +77,15 @@ typedef struct {
     uint32_t zeros;    /* how many zeros can follow */
 } encoder_node;
 
+/* What a non-zero does to the walk along a pair of parse trees: the codewords that it emits, and the node after. */
 typedef struct {
-    uint32_t root[2];
+    uint16_t codewords[2];
+    uint16_t emitted, node;
+} encoder_jump;
+
+typedef struct {
+    uint32_t root[2], node_count;
+    const encoder_jump *jumps; /* [node_count][2], for +1 and -1; NULL for a table */
     encoder_node nodes[];
 } encoder_tree;
 
@@ -114,6 +122,7 @@ struct qmoe_matrix {
     frame_layout layout;
     const uint8_t *frame;
     const qmoe_dictionary *dictionaries[MAXIMUM_DICTIONARIES];
+    const phrase_tables *phrases[MAXIMUM_DICTIONARIES]; /* of these dictionaries */
 };
 
 /* Bytes of a row's two levels. */
@@ -130,7 +139,7 @@ static inline uint32_t packed_wide(const uint8_t *array, uint64_t index, uint32_
 /* Where a row's codewords are. */
 typedef struct {
     uint64_t first;
-    uint32_t count;
+    uint32_t count, dictionary_number;
     const qmoe_dictionary *dictionary;
 } row_codewords;
 
@@ -144,11 +153,16 @@ typedef struct {
 row_cursor qmoe_rows_from(const qmoe_matrix *matrix, uint32_t row);
 row_codewords qmoe_next_row(row_cursor *cursor);
 
-/* One row of trits, row of `columns` bytes; checks every codeword. */
-qmoe_status qmoe_decode_row(const qmoe_matrix *matrix, const row_codewords *codewords, int8_t *trits,
-                            qmoe_error *error);
-/* Trits of a raw frame from number `first` on; checks every byte. */
-qmoe_status qmoe_decode_raw(const qmoe_matrix *matrix, uint64_t first, uint64_t count, int8_t *trits,
-                            qmoe_error *error);
+/* Check every codeword of a row, or every byte of a raw frame (spec 4.3, 4.4). */
+qmoe_status qmoe_check_row(const qmoe_matrix *matrix, const row_codewords *codewords, qmoe_error *error);
+qmoe_status qmoe_check_raw(const qmoe_matrix *matrix, qmoe_error *error);
+
+/* A row's codewords in the form that the kernels take. */
+codeword_source qmoe_row_source(const qmoe_matrix *matrix, const row_codewords *codewords);
+
+/* Decode rows one after the other into `scratch` [columns + SLACK], and give each to `use`. */
+typedef void decoded_row(void *context, const qmoe_matrix *matrix, uint32_t row, const int8_t *trits);
+void qmoe_decode_rows(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, decoded_row *use,
+                      void *context, int8_t *scratch);
 
 #endif

@@ -1,106 +1,305 @@
 /*
- * Multiplication with a packed matrix: y = x W^T, a row of W at a time.
+ * Multiplication with packed matrices: y = x W^T, a row of W at a time, the weights never unpacked.
  *
- * A row becomes two lists of columns, those of its +1 and those of its -1. An output is then
- * high * (sum of x over the first list) + low * (sum of x over the second): one addition per non-zero weight,
- * and two multiplications per row.
+ * An output is high * (sum of x where the row has +1) + low * (sum of x where it has -1): one addition per non-zero
+ * weight and two multiplications per row. One token adds straight along the phrases; for more, each row becomes two
+ * lists of columns, which then serve all tokens, up to sixteen at a time.
+ *
+ * Work comes in groups, each some tokens for one matrix, as the experts of a layer get them. Groups are cut into
+ * pieces of at most PIECE_TOKENS tokens, so that the copy of x in the kernels' layout stays small.
  */
 #include "internal.h"
+#include "parallel.h"
 
 #include <stdlib.h>
 
-/* Columns of a row's non-zeros; each list has room for `columns` entries. */
+enum {
+    ROWS_PER_UNIT = 32,
+    PIECE_TOKENS = 256,
+    /* Pieces are taken together until their copies of x take this much. */
+    BATCH_BYTES = 16 << 20
+};
+
 typedef struct {
-    uint32_t *columns[2]; /* of +1, of -1 */
-    uint32_t count[2];
-} row_nonzeros;
+    const qmoe_matrix *matrix;
+    const char *x; /* [tokens][columns] */
+    float *y;      /* [tokens][rows] */
+    size_t tokens;
+    float *packed;       /* x in the kernels' layout */
+    unsigned first_unit; /* of the batch's units of rows */
+} piece;
 
-static qmoe_status list_coded(const qmoe_matrix *matrix, const row_codewords *row, row_nonzeros *list,
-                              qmoe_error *error) {
-    const uint8_t *array = matrix->frame + matrix->layout.codewords_start;
-    const qmoe_dictionary *dictionary = row->dictionary;
-    uint32_t columns = matrix->layout.columns, bits = matrix->layout.bits;
-    uint32_t column = 0, table = 0;
-    list->count[0] = list->count[1] = 0;
-    for (uint32_t i = 0; i < row->count; i++) {
-        uint32_t codeword = packed_wide(array, row->first + i, bits);
-        uint32_t word = dictionary->words[table << bits | codeword];
-        for (unsigned k = 0; k < MAXIMUM_NONZEROS && word_position(word, k) != NO_POSITION && word; k++) {
-            uint32_t position = column + word_position(word, k);
-            if (position >= columns) {
-                return qmoe_fail(error, QMOE_PAYLOAD, "codewords", position, "no non-zero beyond the row");
-            }
-            bool negative = word_negative(word, k);
-            list->columns[negative][list->count[negative]++] = position;
-        }
-        column += word_length(word);
-        table = codeword >= dictionary->info.threshold;
+typedef struct {
+    const qmoe_kernels *kernels;
+    int dtype;
+    piece *pieces;
+    unsigned piece_count, unit_count;
+    uint8_t *scratch;
+    size_t scratch_size; /* of one thread */
+} batch;
+
+static size_t dtype_size(int dtype) { return dtype == QMOE_FLOAT32 ? 4 : 2; }
+
+/* Narrowest vector for this many tokens. */
+static unsigned block_width(size_t tokens) { return tokens <= 4 ? 4 : tokens <= 8 ? 8 : TOKEN_BLOCK; }
+
+/* Floats that a piece's x takes in the kernels' layout. */
+static size_t packed_floats(const piece *work) {
+    size_t columns = work->matrix->layout.columns;
+    if (work->tokens == 1) {
+        return (columns + 2 * SLACK) * TRIPLE;
     }
-    return QMOE_OK;
+    size_t whole = work->tokens / TOKEN_BLOCK, rest = work->tokens % TOKEN_BLOCK;
+    return (columns + SLACK) * (whole * TOKEN_BLOCK + (rest ? block_width(rest) : 0));
 }
 
-static qmoe_status list_raw(const qmoe_matrix *matrix, uint32_t row, int8_t *trits, row_nonzeros *list,
-                            qmoe_error *error) {
-    uint32_t columns = matrix->layout.columns;
-    qmoe_status status = qmoe_decode_raw(matrix, (uint64_t)row * columns, columns, trits, error);
-    list->count[0] = list->count[1] = 0;
-    for (uint32_t column = 0; status == QMOE_OK && column < columns; column++) {
-        if (trits[column]) {
-            bool negative = trits[column] < 0;
-            list->columns[negative][list->count[negative]++] = column;
-        }
+static float element(const char *x, size_t index, int dtype) {
+    if (dtype == QMOE_FLOAT32) {
+        float value;
+        memcpy(&value, x + 4 * index, sizeof value);
+        return value;
     }
-    return status;
+    uint16_t bits = load16((const uint8_t *)x + 2 * index);
+    return dtype == QMOE_BFLOAT16 ? qmoe_from_bfloat16(bits) : qmoe_from_float16(bits);
 }
 
-/* Sum of x over some columns, in four lanes so that additions do not wait for each other. */
-static float sum_over(const float *x, const uint32_t *columns, uint32_t count) {
-    float lanes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    uint32_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-        for (unsigned lane = 0; lane < 4; lane++) {
-            lanes[lane] += x[columns[i + lane]];
-        }
+static void pack_triples(const piece *work, int dtype) {
+    size_t columns = work->matrix->layout.columns;
+    float *triples = work->packed;
+    for (size_t column = 0; column < columns; column++, triples += TRIPLE) {
+        triples[0] = 0.0f;
+        triples[1] = element(work->x, column, dtype);
+        triples[2] = 0.0f;
     }
-    for (; i < count; i++) {
-        lanes[0] += x[columns[i]];
-    }
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    memset(triples, 0, 2 * SLACK * TRIPLE * sizeof *triples);
 }
 
-qmoe_status qmoe_matrix_matmul(const qmoe_matrix *matrix, const float *x, size_t tokens, float *y, unsigned threads,
-                               qmoe_error *error) {
-    uint32_t rows = matrix->layout.rows, columns = matrix->layout.columns;
-    if (threads == 0) {
-        return qmoe_fail(error, QMOE_ARGUMENT, "threads", threads, "at least 1");
+static void pack_block(const piece *work, int dtype, size_t first, float *block) {
+    size_t columns = work->matrix->layout.columns;
+    size_t tokens = work->tokens - first < TOKEN_BLOCK ? work->tokens - first : TOKEN_BLOCK;
+    unsigned width = block_width(tokens);
+    if (tokens < width) {
+        memset(block, 0, columns * width * sizeof *block);
     }
-    uint8_t *scratch = malloc((size_t)columns * (2 * sizeof(uint32_t) + 1) + 1);
-    if (!scratch) {
-        return qmoe_fail(error, QMOE_MEMORY, "columns", columns, "enough memory");
+    for (size_t token = 0; token < tokens; token++) {
+        const char *x = work->x + (first + token) * columns * dtype_size(dtype);
+        for (size_t column = 0; column < columns; column++) {
+            block[column * width + token] = element(x, column, dtype);
+        }
     }
-    row_nonzeros list = {.columns = {(uint32_t *)(void *)scratch, (uint32_t *)(void *)scratch + columns}};
-    int8_t *trits = (int8_t *)((uint32_t *)(void *)scratch + 2 * (size_t)columns);
-    bool raw = matrix->layout.codec == CODEC_RAW;
-    row_cursor cursor = raw ? (row_cursor){0} : qmoe_rows_from(matrix, 0);
-    qmoe_status status = QMOE_OK;
-    for (uint32_t row = 0; row < rows; row++) {
-        if (raw) {
-            status = list_raw(matrix, row, trits, &list, error);
-        } else {
-            row_codewords codewords = qmoe_next_row(&cursor);
-            status = list_coded(matrix, &codewords, &list, error);
-        }
-        if (status != QMOE_OK) {
-            break;
-        }
-        float levels[2];
+    memset(block + columns * width, 0, SLACK * width * sizeof *block);
+}
+
+static void pack_unit(void *context, unsigned unit, unsigned thread) {
+    (void)thread;
+    const batch *all = context;
+    const piece *work = all->pieces + unit;
+    if (work->tokens == 1) {
+        pack_triples(work, all->dtype);
+        return;
+    }
+    float *block = work->packed;
+    for (size_t first = 0; first < work->tokens; first += TOKEN_BLOCK) {
+        pack_block(work, all->dtype, first, block);
+        block += ((size_t)work->matrix->layout.columns + SLACK) * TOKEN_BLOCK;
+    }
+}
+
+/* ---- one token ---- */
+
+static void multiply_token(const qmoe_kernels *kernels, const piece *work, uint32_t first_row, uint32_t row_count) {
+    const qmoe_matrix *matrix = work->matrix;
+    row_cursor cursor = qmoe_rows_from(matrix, first_row);
+    for (uint32_t row = first_row; row < first_row + row_count; row++) {
+        row_codewords codewords = qmoe_next_row(&cursor);
+        codeword_source source = qmoe_row_source(matrix, &codewords);
+        float sums[2], levels[2];
+        kernels->row_sum(&source, codewords.count, matrix->phrases[codewords.dictionary_number],
+                         matrix->layout.columns, work->packed, sums);
         qmoe_row_levels(matrix, row, levels);
+        work->y[row] = levels[1] * sums[1] + levels[0] * sums[0];
+    }
+}
+
+/* ---- many tokens ---- */
+
+/* Lists of one row for each row of a unit, in a thread's scratch. */
+static row_lists lists_of(uint8_t *scratch, uint32_t number, uint32_t columns) {
+    size_t room = (size_t)columns + SLACK;
+    uint16_t *highs = (uint16_t *)(void *)scratch + number * 2 * room;
+    return (row_lists){.highs = highs, .lows = highs + room};
+}
+
+static void sum_lists(const qmoe_kernels *kernels, const piece *work, uint32_t first_row, const row_lists *lists,
+                      uint32_t row_count) {
+    uint32_t rows = work->matrix->layout.rows, columns = work->matrix->layout.columns;
+    const float *block = work->packed;
+    for (size_t first = 0; first < work->tokens; first += TOKEN_BLOCK) {
+        size_t tokens = work->tokens - first < TOKEN_BLOCK ? work->tokens - first : TOKEN_BLOCK;
+        for (uint32_t row = 0; row < row_count; row++) {
+            float levels[2], sums[TOKEN_BLOCK];
+            qmoe_row_levels(work->matrix, first_row + row, levels);
+            kernels->list_sum(lists + row, block, block_width(tokens), levels, sums);
+            for (size_t token = 0; token < tokens; token++) {
+                work->y[(first + token) * rows + first_row + row] = sums[token];
+            }
+        }
+        block += ((size_t)columns + SLACK) * TOKEN_BLOCK;
+    }
+}
+
+static void multiply_tokens(const qmoe_kernels *kernels, const piece *work, uint32_t first_row, uint32_t row_count,
+                            uint8_t *scratch) {
+    const qmoe_matrix *matrix = work->matrix;
+    uint32_t columns = matrix->layout.columns;
+    /* With one block of tokens a list is used at once, while it is in the nearest cache. */
+    uint32_t together = work->tokens <= TOKEN_BLOCK ? 1 : ROWS_PER_UNIT;
+    row_cursor cursor = qmoe_rows_from(matrix, first_row);
+    row_lists lists[ROWS_PER_UNIT];
+    for (uint32_t done = 0; done < row_count; done += together) {
+        uint32_t some = row_count - done < together ? row_count - done : together;
+        for (uint32_t row = 0; row < some; row++) {
+            row_codewords codewords = qmoe_next_row(&cursor);
+            codeword_source source = qmoe_row_source(matrix, &codewords);
+            lists[row] = lists_of(scratch, row, columns);
+            kernels->list_row(&source, codewords.count, matrix->phrases[codewords.dictionary_number], columns,
+                              lists + row);
+        }
+        sum_lists(kernels, work, first_row + done, lists, some);
+    }
+}
+
+/* ---- raw frames, and rows too long for lists ---- */
+
+static void multiply_trits(void *context, const qmoe_matrix *matrix, uint32_t row, const int8_t *trits) {
+    const piece *work = context;
+    uint32_t columns = matrix->layout.columns;
+    float levels[2];
+    qmoe_row_levels(matrix, row, levels);
+    for (size_t first = 0; first < work->tokens; first += TOKEN_BLOCK) {
+        size_t tokens = work->tokens - first < TOKEN_BLOCK ? work->tokens - first : TOKEN_BLOCK;
+        unsigned stride = work->tokens == 1 ? TRIPLE : block_width(tokens);
+        const float *block = work->packed + (work->tokens == 1) + ((size_t)columns + SLACK) * first;
+        float sums[2][TOKEN_BLOCK] = {{0}};
+        for (uint32_t column = 0; column < columns; column++) {
+            if (trits[column]) {
+                float *sum = sums[trits[column] > 0];
+                for (size_t token = 0; token < tokens; token++) {
+                    sum[token] += block[(size_t)column * stride + token];
+                }
+            }
+        }
         for (size_t token = 0; token < tokens; token++) {
-            const float *input = x + token * columns;
-            y[token * rows + row] = levels[1] * sum_over(input, list.columns[0], list.count[0]) +
-                                    levels[0] * sum_over(input, list.columns[1], list.count[1]);
+            work->y[(first + token) * matrix->layout.rows + row] = levels[1] * sums[1][token] + levels[0] * sums[0][token];
         }
     }
-    free(scratch);
-    return status;
+}
+
+static void multiply_unit(void *context, unsigned unit, unsigned thread) {
+    batch *all = context;
+    unsigned number = 0;
+    while (number + 1 < all->piece_count && all->pieces[number + 1].first_unit <= unit) {
+        number++;
+    }
+    piece *work = all->pieces + number;
+    const frame_layout *layout = &work->matrix->layout;
+    uint32_t first_row = (unit - work->first_unit) * ROWS_PER_UNIT;
+    uint32_t row_count = layout->rows - first_row < ROWS_PER_UNIT ? layout->rows - first_row : ROWS_PER_UNIT;
+    uint8_t *scratch = all->scratch + thread * all->scratch_size;
+    bool coded = layout->codec == CODEC_DICTIONARY;
+    if (coded && work->tokens == 1) {
+        multiply_token(all->kernels, work, first_row, row_count);
+    } else if (coded && layout->columns <= LIST_COLUMNS) {
+        multiply_tokens(all->kernels, work, first_row, row_count, scratch);
+    } else {
+        qmoe_decode_rows(work->matrix, first_row, row_count, multiply_trits, work, (int8_t *)scratch);
+    }
+}
+
+static bool run_batch(batch *all, unsigned threads) {
+    size_t floats = 0, room = 0;
+    all->unit_count = 0;
+    for (unsigned i = 0; i < all->piece_count; i++) {
+        piece *work = all->pieces + i;
+        size_t columns = work->matrix->layout.columns;
+        floats += packed_floats(work);
+        size_t lists = work->tokens <= TOKEN_BLOCK ? 1 : ROWS_PER_UNIT;
+        size_t needed = (columns + SLACK) * 2 * sizeof(uint16_t) * (columns <= LIST_COLUMNS ? lists : 1);
+        room = needed > room ? needed : room;
+        work->first_unit = all->unit_count;
+        all->unit_count += (work->matrix->layout.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
+    }
+    threads = threads < all->unit_count ? threads : all->unit_count;
+    all->scratch_size = (size_t)round_up(room, 64);
+    float *packed = malloc(floats * sizeof *packed);
+    all->scratch = malloc((threads ? threads : 1) * all->scratch_size);
+    bool enough = packed && all->scratch;
+    if (enough) {
+        float *next = packed;
+        for (unsigned i = 0; i < all->piece_count; i++) {
+            all->pieces[i].packed = next;
+            next += packed_floats(all->pieces + i);
+        }
+        qmoe_parallel(threads, all->piece_count, pack_unit, all);
+        qmoe_parallel(threads, all->unit_count, multiply_unit, all);
+    }
+    free(packed);
+    free(all->scratch);
+    return enough;
+}
+
+qmoe_status qmoe_grouped_matmul(const qmoe_matrix *const *matrices, const uint64_t *group_ends, size_t group_count,
+                                const void *x, qmoe_dtype dtype, float *y, unsigned threads, qmoe_error *error) {
+    if (threads == 0 || threads > MAXIMUM_THREADS) {
+        return qmoe_fail(error, QMOE_ARGUMENT, "threads", threads, "1 to 256");
+    }
+    if (dtype != QMOE_FLOAT32 && dtype != QMOE_BFLOAT16 && dtype != QMOE_FLOAT16) {
+        return qmoe_fail(error, QMOE_ARGUMENT, "dtype", (int64_t)dtype, "float32, bfloat16 or float16");
+    }
+    uint64_t tokens = 0;
+    for (size_t group = 0; group < group_count; group++) {
+        if (group_ends[group] < tokens) {
+            return qmoe_fail(error, QMOE_ARGUMENT, "group_ends", (int64_t)group, "ends that do not fall");
+        }
+        const frame_layout *layout = &matrices[group]->layout, *first = &matrices[0]->layout;
+        if (layout->rows != first->rows || layout->columns != first->columns) {
+            return qmoe_fail(error, QMOE_ARGUMENT, "matrices", (int64_t)group, "matrices of one shape");
+        }
+        tokens = group_ends[group];
+    }
+    size_t piece_limit = group_count + (size_t)(tokens / PIECE_TOKENS);
+    batch all = {.kernels = qmoe_chosen_kernels(),
+                 .dtype = (int)dtype,
+                 .pieces = malloc((piece_limit ? piece_limit : 1) * sizeof(piece))};
+    bool enough = all.pieces != NULL;
+    uint64_t token = 0;
+    size_t bytes = 0;
+    for (size_t group = 0; enough && group < group_count; group++) {
+        const qmoe_matrix *matrix = matrices[group];
+        while (enough && token < group_ends[group]) {
+            uint64_t some = group_ends[group] - token < PIECE_TOKENS ? group_ends[group] - token : PIECE_TOKENS;
+            piece *work = all.pieces + all.piece_count++;
+            *work = (piece){.matrix = matrix,
+                            .x = (const char *)x + token * matrix->layout.columns * dtype_size((int)dtype),
+                            .y = y + token * matrix->layout.rows,
+                            .tokens = (size_t)some};
+            token += some;
+            bytes += packed_floats(work) * sizeof(float);
+            if (bytes >= BATCH_BYTES) {
+                enough = run_batch(&all, threads);
+                all.piece_count = 0;
+                bytes = 0;
+            }
+        }
+    }
+    if (enough && all.piece_count) {
+        enough = run_batch(&all, threads);
+    }
+    free(all.pieces);
+    return enough ? QMOE_OK : qmoe_fail(error, QMOE_MEMORY, "x", (int64_t)tokens, "enough memory");
+}
+
+qmoe_status qmoe_matrix_matmul(const qmoe_matrix *matrix, const void *x, qmoe_dtype dtype, uint64_t tokens, float *y,
+                               unsigned threads, qmoe_error *error) {
+    return qmoe_grouped_matmul(&matrix, &tokens, 1, x, dtype, y, threads, error);
 }

@@ -61,6 +61,9 @@ typedef struct qmoe_dictionary_info {
 /* Version of the library, "major.minor.patch". */
 QMOE_API const char *qmoe_version(void);
 
+/* Which of its inner loops the library chose for this processor: "portable", "avx2" or "avx512". */
+QMOE_API const char *qmoe_kernels_name(void);
+
 /* CRC-32C of `size` bytes, continuing from `value` (0 to begin). */
 QMOE_API uint32_t qmoe_crc32c(uint32_t value, const void *data, size_t size);
 
@@ -94,20 +97,31 @@ QMOE_API uint32_t qmoe_matrix_columns(const qmoe_matrix *matrix);
 /* Levels float [rows][2]: low, high. */
 QMOE_API void qmoe_matrix_levels(const qmoe_matrix *matrix, float *levels);
 
+/* `threads` below is how many threads may work, the caller among them: 1 to 256. Results do not depend on it. */
+
 /* Trits int8 [row_count][columns] of rows first_row … first_row + row_count - 1. */
 QMOE_API qmoe_status qmoe_matrix_decode(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count,
-                                        int8_t *trits, qmoe_error *error);
+                                        int8_t *trits, unsigned threads, qmoe_error *error);
 
 /* Weights [row_count][columns] in `dtype`: low, 0 or high. */
 QMOE_API qmoe_status qmoe_matrix_dequantize(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count,
-                                            qmoe_dtype dtype, void *weights, qmoe_error *error);
+                                            qmoe_dtype dtype, void *weights, unsigned threads,
+                                            qmoe_error *error);
 
 /*
- * y [tokens][rows] = x [tokens][columns] times the transposed matrix, both float32 and dense. The matrix is never
- * unpacked as a whole. `threads` >= 1.
+ * y float [tokens][rows] = x [tokens][columns] times the transposed matrix, both dense, x in `dtype`. The matrix is
+ * never unpacked. Computed in float32: |error| <= (columns + 3) * 2^-24 * sum |w| |x|, to first order.
  */
-QMOE_API qmoe_status qmoe_matrix_matmul(const qmoe_matrix *matrix, const float *x, size_t tokens, float *y,
-                                        unsigned threads, qmoe_error *error);
+QMOE_API qmoe_status qmoe_matrix_matmul(const qmoe_matrix *matrix, const void *x, qmoe_dtype dtype, uint64_t tokens,
+                                        float *y, unsigned threads, qmoe_error *error);
+
+/*
+ * The same for the experts of a layer, in one call: tokens group_ends[g - 1] … group_ends[g] - 1 (from 0 for g = 0)
+ * are multiplied with matrices[g], all of one shape. A matrix may come more than once, a group be empty.
+ */
+QMOE_API qmoe_status qmoe_grouped_matmul(const qmoe_matrix *const *matrices, const uint64_t *group_ends,
+                                         size_t group_count, const void *x, qmoe_dtype dtype, float *y,
+                                         unsigned threads, qmoe_error *error);
 
 /* ---- encoding ---- */
 

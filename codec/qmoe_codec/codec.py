@@ -5,10 +5,11 @@ Each takes ``backend="c"`` (the C core, the default) or ``backend="reference"`` 
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,7 +27,12 @@ from .layout import (
 
 Backend = Literal["c", "reference"]
 BACKENDS: tuple[Backend, ...] = ("c", "reference")
-DTYPE_NAMES = tuple(core.DTYPES)
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
+MAXIMUM_THREADS = 256
 
 
 def crc32c(data: Buffer, value: int = 0, /) -> int:
@@ -49,6 +55,39 @@ def read_frame_header(buffer: Buffer, offset: int = 0) -> FrameHeader:
 def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ArgumentError("no such backend", field="backend", value=backend, expected=BACKENDS)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in core.DTYPES:
+        raise ArgumentError("no such dtype", field="dtype", value=dtype, expected=tuple(core.DTYPES))
+
+
+def _threads(threads: int | None) -> int:
+    """How many threads to use: all processors by default, as far as the C core goes."""
+    if threads is None:
+        return min(MAXIMUM_THREADS, len(os.sched_getaffinity(0)))
+    if not 1 <= threads <= MAXIMUM_THREADS:
+        raise ArgumentError(
+            "out of range", field="threads", value=threads, expected=f"1 to {MAXIMUM_THREADS}"
+        )
+    return threads
+
+
+def _check_output(out: NDArray[np.generic], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ArgumentError("unfit", field="out", value=(out.shape, out.dtype), expected=(shape, dtype))
+
+
+def _as_inputs(x: ArrayLike, dtype: str, columns: int) -> NDArray[np.generic]:
+    """The tokens [..., columns] as the C core takes them."""
+    _check_dtype(dtype)
+    array = np.asarray(x)
+    if dtype == "bfloat16" and array.dtype != np.uint16:
+        raise ArgumentError("not bit patterns", field="x", value=array.dtype, expected="uint16")
+    array = np.ascontiguousarray(array, NUMPY_DTYPES[dtype])
+    if array.ndim == 0 or array.shape[-1] != columns:
+        raise ArgumentError("unfit", field="x", value=array.shape, expected=f"[..., {columns}]")
+    return array
 
 
 def _as_dictionaries(dictionary: Dictionary | Sequence[Dictionary] | None) -> tuple[Dictionary, ...]:
@@ -147,6 +186,12 @@ def encode(
         library.qmoe_free(frame)
 
 
+def kernels_name() -> str:
+    """Which inner loops the C core chose for this processor: portable, avx2 or avx512."""
+    name: bytes = core.library().qmoe_kernels_name()
+    return name.decode()
+
+
 def round_levels(levels: ArrayLike, level_format: str) -> NDArray[np.float32]:
     """Levels float32 [rows, 2] as decoding will give them back after they were stored in `level_format`."""
     array = np.asarray(levels, np.float32)
@@ -179,7 +224,7 @@ class Matrix:
         self._dictionaries = tuple(dictionaries.values())
         handles = (core.c_void_p * max(1, len(self._dictionaries)))(*[d.handle for d in self._dictionaries])
         library, error = core.library(), core.Error()
-        self._handle = core.c_void_p()
+        self.handle = core.c_void_p()
         error.raise_for(
             library.qmoe_matrix_open(
                 self._buffer.ctypes.data,
@@ -187,13 +232,13 @@ class Matrix:
                 handles,
                 len(self._dictionaries),
                 0 if verify else core.SKIP_BODY,
-                core.byref(self._handle),
+                core.byref(self.handle),
                 core.byref(error),
             )
         )
-        weakref.finalize(self, library.qmoe_matrix_close, self._handle)
-        self.rows: int = library.qmoe_matrix_rows(self._handle)
-        self.columns: int = library.qmoe_matrix_columns(self._handle)
+        weakref.finalize(self, library.qmoe_matrix_close, self.handle)
+        self.rows: int = library.qmoe_matrix_rows(self.handle)
+        self.columns: int = library.qmoe_matrix_columns(self.handle)
 
     @property
     def nbytes(self) -> int:
@@ -204,7 +249,7 @@ class Matrix:
     def levels(self) -> NDArray[np.float32]:
         """Levels float32 [rows, 2]: low, high."""
         levels = np.empty((self.rows, 2), np.float32)
-        core.library().qmoe_matrix_levels(self._handle, levels.ctypes.data)
+        core.library().qmoe_matrix_levels(self.handle, levels.ctypes.data)
         return levels
 
     def _row_range(self, rows: slice | None) -> tuple[int, int]:
@@ -213,20 +258,32 @@ class Matrix:
             raise ArgumentError("rows must follow each other", field="rows", value=rows)
         return first, max(0, last - first)
 
-    def decode(self, rows: slice | None = None) -> NDArray[np.int8]:
-        """Trits int8 [rows, columns] of all rows, or of a slice of them."""
+    def decode(
+        self,
+        rows: slice | None = None,
+        *,
+        out: NDArray[np.int8] | None = None,
+        threads: int | None = None,
+    ) -> NDArray[np.int8]:
+        """Trits int8 [rows, columns] of all rows, or of a slice of them; `out`, `threads` as below."""
         first, count = self._row_range(rows)
-        trits = np.empty((count, self.columns), np.int8)
+        trits = np.empty((count, self.columns), np.int8) if out is None else out
+        _check_output(trits, (count, self.columns), np.dtype(np.int8))
         error = core.Error()
         error.raise_for(
             core.library().qmoe_matrix_decode(
-                self._handle, first, count, trits.ctypes.data, core.byref(error)
+                self.handle, first, count, trits.ctypes.data, _threads(threads), core.byref(error)
             )
         )
         return trits
 
     def dequantize(
-        self, dtype: str = "float32", rows: slice | None = None, *, out: NDArray[np.generic] | None = None
+        self,
+        dtype: str = "float32",
+        rows: slice | None = None,
+        *,
+        out: NDArray[np.generic] | None = None,
+        threads: int | None = None,
     ) -> NDArray[np.generic]:
         """Weights [rows, columns] of all rows, or of a slice of them.
 
@@ -236,46 +293,101 @@ class Matrix:
             float32, float16, or bfloat16 (returned as uint16 bit patterns, since NumPy has no bfloat16).
         out : ndarray, optional
             Where to write; of the right shape and dtype, C-contiguous.
+        threads : int, optional
+            How many threads to use; all processors by default.
         """
-        if dtype not in DTYPE_NAMES:
-            raise ArgumentError("no such dtype", field="dtype", value=dtype, expected=DTYPE_NAMES)
+        _check_dtype(dtype)
         first, count = self._row_range(rows)
-        shape = (count, self.columns)
-        numpy_dtype = np.dtype({"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[dtype])
-        weights = np.empty(shape, numpy_dtype) if out is None else out
-        if weights.shape != shape or weights.dtype != numpy_dtype or not weights.flags.c_contiguous:
-            raise ArgumentError("unfit", field="out", value=(weights.shape, dtype), expected=shape)
+        shape, numpy_dtype = (count, self.columns), NUMPY_DTYPES[dtype]
+        weights: NDArray[np.generic] = np.empty(shape, numpy_dtype) if out is None else out
+        _check_output(weights, shape, numpy_dtype)
         error = core.Error()
         error.raise_for(
             core.library().qmoe_matrix_dequantize(
-                self._handle, first, count, core.DTYPES[dtype], weights.ctypes.data, core.byref(error)
+                self.handle,
+                first,
+                count,
+                core.DTYPES[dtype],
+                weights.ctypes.data,
+                _threads(threads),
+                core.byref(error),
             )
         )
         return weights
 
-    def matmul(self, x: ArrayLike, threads: int | None = None) -> NDArray[np.float32]:
-        """Multiply x float32 [..., columns] by the transposed weights: float32 [..., rows].
+    def matmul(
+        self, x: ArrayLike, threads: int | None = None, *, dtype: str = "float32"
+    ) -> NDArray[np.float32]:
+        """Multiply x [..., columns] by the transposed weights: float32 [..., rows].
+
+        Computed in float32, with additions only: off by at most (columns + 3) * 2**-24 * sum |w| |x|, to
+        first order.
 
         Parameters
         ----------
+        x : array_like
+            Of `dtype`; bfloat16 as uint16 bit patterns.
         threads : int, optional
-            How many threads to use; all processors by default.
+            How many threads to use; all processors by default. The result does not depend on it.
         """
-        array = np.ascontiguousarray(x, np.float32)
-        if array.ndim == 0 or array.shape[-1] != self.columns:
-            raise ArgumentError("unfit", field="x", value=array.shape, expected=f"[..., {self.columns}]")
-        count = threads if threads is not None else os.cpu_count() or 1
-        if count < 1:
-            raise ArgumentError("too few", field="threads", value=count, expected="at least 1")
-        y = np.empty((*array.shape[:-1], self.rows), np.float32)
-        error = core.Error()
-        tokens = int(np.prod(array.shape[:-1]))
-        error.raise_for(
-            core.library().qmoe_matrix_matmul(
-                self._handle, array.ctypes.data, tokens, y.ctypes.data, count, core.byref(error)
-            )
+        array = _as_inputs(x, dtype, self.columns)
+        tokens = math.prod(array.shape[:-1])
+        y = experts_matmul(
+            [self], array.reshape(tokens, self.columns), [tokens], threads=threads, dtype=dtype
         )
-        return y
+        return y.reshape(*array.shape[:-1], self.rows)
+
+
+def experts_matmul(
+    matrices: Sequence[Matrix],
+    x: ArrayLike,
+    group_ends: ArrayLike,
+    *,
+    threads: int | None = None,
+    dtype: str = "float32",
+) -> NDArray[np.float32]:
+    """Multiply the tokens of several experts by their matrices, in one call.
+
+    Parameters
+    ----------
+    matrices : sequence of Matrix
+        One for each group, all of one shape; one may come more than once.
+    x : array_like [tokens, columns]
+        The tokens of the first group, then those of the second, and so on; of `dtype`, bfloat16 as uint16 bit
+        patterns.
+    group_ends : array_like of int
+        Where each group ends; groups may be empty.
+
+    Returns
+    -------
+    ndarray of float32 [tokens, rows]
+        Each token times the transposed weights of its group's matrix (see :meth:`Matrix.matmul`).
+    """
+    if not matrices:
+        raise ArgumentError("none given", field="matrices")
+    rows, columns = matrices[0].rows, matrices[0].columns
+    array = _as_inputs(x, dtype, columns)
+    ends = np.ascontiguousarray(group_ends, np.uint64)
+    if array.ndim != 2 or ends.shape != (len(matrices),) or int(ends[-1]) != len(array):
+        raise ArgumentError(
+            "unfit", field="group_ends", value=ends.tolist(), expected="a rising end per matrix"
+        )
+    handles = (core.c_void_p * len(matrices))(*[matrix.handle for matrix in matrices])
+    y = np.empty((len(array), rows), np.float32)
+    error = core.Error()
+    error.raise_for(
+        core.library().qmoe_grouped_matmul(
+            handles,
+            ends.ctypes.data,
+            len(matrices),
+            array.ctypes.data,
+            core.DTYPES[dtype],
+            y.ctypes.data,
+            _threads(threads),
+            core.byref(error),
+        )
+    )
+    return y
 
 
 def decode(

@@ -74,6 +74,7 @@ class DictionaryInfo(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "qmoe_version": (c_char_p, []),
+    "qmoe_kernels_name": (c_char_p, []),
     "qmoe_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
     "qmoe_free": (None, [c_void_p]),
     "qmoe_dictionary_open": (c_int, [c_void_p, c_size_t, POINTER(c_void_p), POINTER(Error)]),
@@ -88,9 +89,15 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "qmoe_matrix_rows": (c_uint32, [c_void_p]),
     "qmoe_matrix_columns": (c_uint32, [c_void_p]),
     "qmoe_matrix_levels": (None, [c_void_p, c_void_p]),
-    "qmoe_matrix_decode": (c_int, [c_void_p, c_uint32, c_uint32, c_void_p, POINTER(Error)]),
-    "qmoe_matrix_dequantize": (c_int, [c_void_p, c_uint32, c_uint32, c_int, c_void_p, POINTER(Error)]),
-    "qmoe_matrix_matmul": (c_int, [c_void_p, c_void_p, c_size_t, c_void_p, c_uint, POINTER(Error)]),
+    "qmoe_matrix_decode": (c_int, [c_void_p, c_uint32, c_uint32, c_void_p, c_uint, POINTER(Error)]),
+    "qmoe_matrix_dequantize": (
+        c_int,
+        [c_void_p, c_uint32, c_uint32, c_int, c_void_p, c_uint, POINTER(Error)],
+    ),
+    "qmoe_grouped_matmul": (
+        c_int,
+        [POINTER(c_void_p), c_void_p, c_size_t, c_void_p, c_int, c_void_p, c_uint, POINTER(Error)],
+    ),
     "qmoe_encode": (
         c_int,
         [

@@ -130,7 +130,8 @@ class DictionaryHeader:
         check(major == VERSION_MAJOR, VersionError, "version_major", major, VERSION_MAJOR)
         check(flags == 0, VersionError, "flags", f"{flags:#x}", "no flag known to version 1.0")
         check(kind in (KIND_TABLE, KIND_TREES), HeaderError, "kind", kind, "0 or 1")
-        check(bits in WIDTHS, HeaderError, "bits", bits, WIDTHS)
+        widths = WIDTHS if kind == KIND_TABLE else WIDTHS[:3]
+        check(bits in widths, HeaderError, "bits", bits, widths)
         values = 1 << bits
         if kind == KIND_TREES:
             check(1 <= threshold <= values, HeaderError, "threshold", threshold, f"1 to {values}")

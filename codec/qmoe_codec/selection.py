@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .codec import encode
 from .dictionary import Dictionary, build_dictionary, join_dictionaries
-from .layout import MAXIMUM_DICTIONARIES
+from .layout import LEVEL_FORMATS, MAXIMUM_DICTIONARIES, FrameHeader
 
 # Shares of non-zeros to build for, four to the octave: a source half a step away costs 0.1 % more.
 NONZERO_SHARES = tuple(2.0 ** (-step / 4) for step in range(3, 25))
@@ -166,16 +166,15 @@ class DictionarySet:
         Dictionaries that it uses are added to the set. Arguments as for :func:`~.codec.encode`.
         """
         array = np.ascontiguousarray(trits, np.int8)
-        raw = encode(array, levels, None, level_format=level_format)
         if array.ndim != 2 or not array.size:
-            return raw
+            return encode(array, levels, None, level_format=level_format)
+        raw = FrameHeader.raw(array.shape[0], array.shape[1], LEVEL_FORMATS.index(level_format))
         choice = self._choose(np.count_nonzero(array, axis=1).astype(np.int64), array.shape[1])
-        if choice.size > 1.1 * 8 * len(raw):  # hopeless, even if the prediction is somewhat off
-            return raw
-        used, selectors = np.unique(choice.selectors, return_inverse=True)
-        dictionaries = [build_dictionary(1 - choice.shares[index], choice.bits) for index in used]
-        frame = encode(array, levels, dictionaries, level_format=level_format, selectors=selectors)
-        if len(frame) > len(raw):
-            return raw
-        self.dictionaries.update((dictionary.dictionary_id, dictionary) for dictionary in dictionaries)
-        return frame
+        if choice.size < 1.1 * 8 * raw.frame_size:  # else hopeless, even if the prediction is somewhat off
+            used, selectors = np.unique(choice.selectors, return_inverse=True)
+            dictionaries = [build_dictionary(1 - choice.shares[index], choice.bits) for index in used]
+            frame = encode(array, levels, dictionaries, level_format=level_format, selectors=selectors)
+            if len(frame) <= raw.frame_size:
+                self.dictionaries.update((d.dictionary_id, d) for d in dictionaries)
+                return frame
+        return encode(array, levels, None, level_format=level_format)

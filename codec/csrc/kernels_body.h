@@ -1,0 +1,292 @@
+/*
+ * The hot loops. Included by kernels_<variant>.c, which names the table KERNELS and is compiled for its instruction
+ * set; vectors are those of the compiler (GCC and Clang), so that one text serves every processor.
+ *
+ * Finding a phrase takes only its codeword and whether the codeword before it is >= threshold, so all indices of a
+ * chunk are found first, side by side. What is serial is the position, one addition per phrase.
+ */
+#include "internal.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+/* ---- indices of phrases ---- */
+
+/* Room before the first codeword of a chunk: for the codeword before it, and for some that are unpacked with it. */
+enum { LEAD = 8 };
+
+typedef struct {
+    uint16_t codewords[LEAD + CHUNK + 8];
+    uint16_t indices[CHUNK];
+    uint16_t before; /* the codeword before the chunk; it decides on the table of the chunk's first phrase */
+} chunk_buffer;
+
+#if defined(__AVX2__)
+/*
+ * Unpack codewords eight at a time, from `bits` bytes each, while 16 bytes can be loaded. A codeword lies in two
+ * bytes: they go to a lane of 16 bits, where a multiplication shifts out what is above and a shift what is below.
+ * `bit` is a multiple of 8. Returns how many were unpacked.
+ */
+static inline uint32_t unpack_eights(const codeword_source *source, uint64_t bit, uint32_t count,
+                                     uint16_t *codewords) {
+    static const int8_t picks[5][16] = {
+        {0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7, -1},
+        {0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 7, 7, 8, 8, 9},
+        {0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11},
+        {0},
+        {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    };
+    static const int16_t factors[5][8] = {
+        {256, 256, 256, 256, 256, 256, 256, 256},
+        {64, 16, 4, 1, 64, 16, 4, 1},
+        {16, 1, 16, 1, 16, 1, 16, 1},
+        {0},
+        {1, 1, 1, 1, 1, 1, 1, 1},
+    };
+    uint32_t bits = source->bits, width = bits / 2 - 4;
+    const __m128i pick = _mm_loadu_si128((const __m128i *)(const void *)picks[width]);
+    const __m128i factor = _mm_loadu_si128((const __m128i *)(const void *)factors[width]);
+    const __m128i shift = _mm_cvtsi32_si128((int)(16 - bits));
+    const uint8_t *bytes = source->array + bit / 8;
+    uint32_t i = 0;
+    for (; i < count && source->limit - bytes >= 16; i += 8, bytes += bits) {
+        __m128i lanes = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)bytes), pick);
+        lanes = _mm_srl_epi16(_mm_mullo_epi16(lanes, factor), shift);
+        _mm_storeu_si128((__m128i *)(void *)(codewords + i), lanes);
+    }
+    return i;
+}
+#endif
+
+/* Indices of the `count` <= CHUNK phrases from codeword number `done` of the row on. */
+static inline void find_phrases(const codeword_source *source, uint32_t done, uint32_t count, chunk_buffer *buffer) {
+    uint32_t bits = source->bits;
+    uint16_t *codewords = buffer->codewords + LEAD;
+    uint64_t first = source->first + done;
+    uint32_t unpacked = 0;
+#if defined(__AVX2__)
+    uint32_t lead = (uint32_t)(first % 4); /* four codewords fill whole bytes, whatever their width */
+    unpacked = unpack_eights(source, (first - lead) * bits, count + lead, codewords - lead);
+    unpacked = unpacked > lead ? unpacked - lead : 0;
+#endif
+    for (; unpacked < count; unpacked++) {
+        codewords[unpacked] = (uint16_t)packed_wide(source->array, first + unpacked, bits);
+    }
+    codewords[-1] = buffer->before;
+    buffer->before = codewords[count - 1];
+    if (source->threshold >> bits) { /* no codeword leads to T1 */
+        memcpy(buffer->indices, codewords, count * sizeof codewords[0]);
+        return;
+    }
+    uint16_t threshold = (uint16_t)source->threshold, table = (uint16_t)(1u << bits);
+    for (uint32_t i = 0; i < count; i++) {
+        buffer->indices[i] = (uint16_t)(codewords[i] | (codewords[(int64_t)i - 1] >= threshold ? table : 0));
+    }
+}
+
+/* ---- trits ---- */
+
+static inline uint32_t copy_phrases(const chunk_buffer *buffer, uint32_t count, const phrase_tables *phrases,
+                                    size_t block, uint32_t columns, uint32_t column, int8_t *row) {
+    for (uint32_t i = 0; i < count && column < columns; i++) {
+        size_t index = buffer->indices[i];
+        memcpy(row + column, phrases->blocks + index * block, block);
+        column += phrases->lengths[index];
+    }
+    return column;
+}
+
+static void decode_row(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
+                       int8_t *row) {
+    chunk_buffer buffer;
+    buffer.before = 0; /* T0 */
+    uint32_t column = 0;
+    for (uint32_t done = 0; done < count && column < columns; done += CHUNK) {
+        uint32_t some = count - done < CHUNK ? count - done : CHUNK;
+        find_phrases(source, done, some, &buffer);
+        if (phrases->block == 32) {
+            column = copy_phrases(&buffer, some, phrases, 32, columns, column, row);
+        } else if (phrases->block == 64) {
+            column = copy_phrases(&buffer, some, phrases, 64, columns, column, row);
+        } else {
+            column = copy_phrases(&buffer, some, phrases, 128, columns, column, row);
+        }
+    }
+    if (column < columns) {
+        memset(row + column, 0, columns - column);
+    }
+}
+
+/* ---- one token ---- */
+
+typedef float pair __attribute__((vector_size(8)));
+
+static inline pair load_pair(const char *address) {
+    pair value;
+    memcpy(&value, address, sizeof value);
+    return value;
+}
+
+static void row_sum(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
+                    const float *triples, float sums[2]) {
+    chunk_buffer buffer;
+    buffer.before = 0; /* T0 */
+    const char *x = (const char *)triples;
+    const char *end = x + (size_t)columns * TRIPLE * sizeof(float);
+    /* Six accumulators, so that additions do not wait for each other. */
+    pair even[3] = {{0}}, odd[3] = {{0}};
+    for (uint32_t done = 0; done < count && x < end; done += CHUNK) {
+        uint32_t some = count - done < CHUNK ? count - done : CHUNK;
+        find_phrases(source, done, some, &buffer);
+        uint32_t i = 0;
+        for (; i + 2 <= some && x < end; i += 2) {
+            phrase_sums first = phrases->sums[buffer.indices[i]];
+            phrase_sums second = phrases->sums[buffer.indices[i + 1]];
+            for (unsigned k = 0; k < 3; k++) {
+                even[k] += load_pair(x + first.offsets[k]);
+            }
+            x += first.advance;
+            for (unsigned k = 0; k < 3; k++) {
+                odd[k] += load_pair(x + second.offsets[k]);
+            }
+            x += second.advance;
+        }
+        if (i < some && x < end) {
+            phrase_sums last = phrases->sums[buffer.indices[i]];
+            for (unsigned k = 0; k < 3; k++) {
+                even[k] += load_pair(x + last.offsets[k]);
+            }
+            x += last.advance;
+        }
+    }
+    pair total = ((even[0] + odd[0]) + (even[1] + odd[1])) + (even[2] + odd[2]);
+    sums[1] = total[0]; /* pairs that start at x */
+    sums[0] = total[1]; /* pairs that end at x */
+}
+
+/* ---- many tokens ---- */
+
+static void list_row(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
+                     row_lists *lists) {
+    chunk_buffer buffer;
+    buffer.before = 0; /* T0 */
+    char *highs = (char *)lists->highs, *lows = (char *)lists->lows;
+    uint64_t column = 0; /* in three lanes of 16 bits */
+    for (uint32_t done = 0; done < count && (column & 0xFFFF) < columns; done += CHUNK) {
+        uint32_t some = count - done < CHUNK ? count - done : CHUNK;
+        find_phrases(source, done, some, &buffer);
+        for (uint32_t i = 0; i < some && (column & 0xFFFF) < columns; i++) {
+            const phrase_lists *phrase = phrases->lists + buffer.indices[i];
+            uint64_t positions;
+            memcpy(&positions, phrase->positions, sizeof positions);
+            positions += column; /* the counts in the highest lane stay as they are, and are not looked at */
+            memcpy(highs, &positions, sizeof positions);
+            positions >>= 8 * phrase->highs;
+            memcpy(lows, &positions, sizeof positions);
+            highs += phrase->highs;
+            lows += phrase->lows;
+            column += phrase->advance;
+        }
+    }
+    lists->high_count = (uint32_t)((uint16_t *)(void *)highs - lists->highs);
+    lists->low_count = (uint32_t)((uint16_t *)(void *)lows - lists->lows);
+}
+
+#define DEFINE_LIST_SUM(WIDTH)                                                                                       \
+    typedef float vector##WIDTH __attribute__((vector_size(4 * WIDTH)));                                             \
+    static inline void sum_columns_##WIDTH(const uint16_t *columns, uint32_t count, const float *x,                  \
+                                           vector##WIDTH *sum) {                                                     \
+        vector##WIDTH lanes[4] = {{0}}, value;                                                                       \
+        uint32_t i = 0;                                                                                              \
+        for (; i + 4 <= count; i += 4) {                                                                             \
+            for (unsigned lane = 0; lane < 4; lane++) {                                                              \
+                memcpy(&value, x + (size_t)columns[i + lane] * WIDTH, sizeof value);                                 \
+                lanes[lane] += value;                                                                                \
+            }                                                                                                        \
+        }                                                                                                            \
+        for (; i < count; i++) {                                                                                     \
+            memcpy(&value, x + (size_t)columns[i] * WIDTH, sizeof value);                                            \
+            lanes[0] += value;                                                                                       \
+        }                                                                                                            \
+        *sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);                                                        \
+    }                                                                                                                \
+    static inline void list_sum_##WIDTH(const row_lists *lists, const float *x, const float levels[2],               \
+                                        float *sums) {                                                               \
+        vector##WIDTH high, low;                                                                                     \
+        sum_columns_##WIDTH(lists->highs, lists->high_count, x, &high);                                              \
+        sum_columns_##WIDTH(lists->lows, lists->low_count, x, &low);                                                 \
+        high = high * levels[1] + low * levels[0];                                                                   \
+        memcpy(sums, &high, sizeof high);                                                                            \
+    }
+
+DEFINE_LIST_SUM(4)
+DEFINE_LIST_SUM(8)
+DEFINE_LIST_SUM(16)
+
+static void list_sum(const row_lists *lists, const float *x, unsigned width, const float levels[2], float *sums) {
+    if (width == 4) {
+        list_sum_4(lists, x, levels, sums);
+    } else if (width == 8) {
+        list_sum_8(lists, x, levels, sums);
+    } else {
+        list_sum_16(lists, x, levels, sums);
+    }
+}
+
+/* ---- weights ---- */
+
+static void dequantize_32(const int8_t *trits, uint32_t columns, const uint32_t levels[2], uint32_t *weights) {
+    for (uint32_t column = 0; column < columns; column++) {
+        uint32_t negative = trits[column] < 0 ? levels[0] : 0, positive = trits[column] > 0 ? levels[1] : 0;
+        weights[column] = negative | positive;
+    }
+}
+
+static void dequantize_16(const int8_t *trits, uint32_t columns, const uint16_t levels[2], uint16_t *weights) {
+    uint16_t low = levels[0], high = levels[1];
+    for (uint32_t column = 0; column < columns; column++) {
+        uint16_t negative = trits[column] < 0 ? low : 0, positive = trits[column] > 0 ? high : 0;
+        weights[column] = negative | positive;
+    }
+}
+
+/* ---- encoding ---- */
+
+static void masks(const int8_t *trits, uint64_t *nonzero, uint64_t *negative) {
+#if defined(__AVX512BW__)
+    __m512i all = _mm512_loadu_si512(trits);
+    *nonzero = _mm512_test_epi8_mask(all, all);
+    *negative = _mm512_movepi8_mask(all);
+#elif defined(__AVX2__)
+    const __m256i *halves = (const __m256i *)(const void *)trits;
+    __m256i low = _mm256_loadu_si256(halves), high = _mm256_loadu_si256(halves + 1);
+    uint32_t zero_low = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(low, _mm256_setzero_si256()));
+    uint32_t zero_high = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(high, _mm256_setzero_si256()));
+    *nonzero = ~((uint64_t)zero_high << 32 | zero_low);
+    *negative = (uint64_t)(uint32_t)_mm256_movemask_epi8(high) << 32 | (uint32_t)_mm256_movemask_epi8(low);
+#else
+    uint64_t some = 0, minus = 0;
+    for (unsigned byte = 0; byte < 8; byte++) {
+        uint64_t eight = load64((const uint8_t *)trits + 8 * byte);
+        /* A trit is 00, 01 or FF: bit 0 says whether it is not zero, bit 7 whether it is negative. One bit of
+           each byte is brought together by a multiplication. */
+        uint64_t gather = UINT64_C(0x0102040810204080);
+        some |= ((eight & UINT64_C(0x0101010101010101)) * gather >> 56) << (8 * byte);
+        minus |= ((eight >> 7 & UINT64_C(0x0101010101010101)) * gather >> 56) << (8 * byte);
+    }
+    *nonzero = some;
+    *negative = minus;
+#endif
+}
+
+const qmoe_kernels KERNELS = {
+    .name = KERNELS_NAME,
+    .decode_row = decode_row,
+    .row_sum = row_sum,
+    .list_row = list_row,
+    .list_sum = list_sum,
+    .dequantize_32 = dequantize_32,
+    .dequantize_16 = dequantize_16,
+    .masks = masks,
+};

@@ -1,0 +1,41 @@
+/* A dictionary's phrases in the forms that the kernels read. Entry i of every table is the phrase of index i. */
+#ifndef QMOE_PHRASES_H
+#define QMOE_PHRASES_H
+
+#include <stdint.h>
+
+/*
+ * The index of a codeword is the codeword itself in T0, and 2^bits + the codeword in T1. An unused codeword has
+ * length 0 and no non-zeros, so that a walk over any bytes at all stays where it is.
+ *
+ * blocks   the trits, `block` bytes each: 32, 64 or 128, whichever holds the longest phrase
+ * lengths  its length in trits
+ * sums     for one token: where to add x up. See row_sum.
+ * lists    for many tokens: where the non-zeros are. See list_row.
+ */
+
+/*
+ * Each weight of x is stored as three floats (0, x, 0). Adding the pair that starts at float 0, 1 or 2 of the triple
+ * adds x to the second sum, to the first, or to neither: so a phrase always takes three additions of pairs.
+ */
+enum { TRIPLE = 3 };
+typedef struct {
+    uint16_t offsets[3]; /* in bytes, from the phrase's first triple */
+    uint16_t advance;    /* in bytes, to the next phrase's first triple */
+} phrase_sums;
+
+typedef struct {
+    uint16_t positions[3]; /* those of +1 first, then those of -1 */
+    uint8_t highs, lows;   /* how many of each, times 2: bytes that they take in a list */
+    uint64_t advance;      /* the length, in each of the lanes of `positions` */
+} phrase_lists;
+
+typedef struct {
+    uint32_t block;
+    const uint8_t *lengths;
+    const phrase_sums *sums;
+    const phrase_lists *lists;
+    const int8_t *blocks;
+} phrase_tables;
+
+#endif
