@@ -40,7 +40,7 @@ typedef struct {
     /* Trits of a row from `count` codewords into row[0 … columns + SLACK); what follows the phrases is zeroed. */
     void (*decode_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                        int8_t *row);
-    /* Sums of x over the row's -1 and its +1. x: columns + 2 SLACK triples. */
+    /* Sums of x over the row's -1 and its +1. x: columns + 2 SLACK triples, and then some room. */
     void (*row_sum)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                     const float *triples, float sums[2]);
     /* Lists of the row's non-zeros. */

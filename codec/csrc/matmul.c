@@ -47,7 +47,7 @@ static unsigned block_width(size_t tokens) { return tokens <= 4 ? 4 : tokens <= 
 static size_t packed_floats(const piece *work) {
     size_t columns = work->matrix->layout.columns;
     if (work->tokens == 1) {
-        return (columns + 2 * SLACK) * TRIPLE;
+        return (columns + 2 * SLACK + 1) * TRIPLE;
     }
     size_t whole = work->tokens / TOKEN_BLOCK, rest = work->tokens % TOKEN_BLOCK;
     return (columns + SLACK) * (whole * TOKEN_BLOCK + (rest ? block_width(rest) : 0));
@@ -71,7 +71,7 @@ static void pack_triples(const piece *work, int dtype) {
         triples[1] = element(work->x, column, dtype);
         triples[2] = 0.0f;
     }
-    memset(triples, 0, 2 * SLACK * TRIPLE * sizeof *triples);
+    memset(triples, 0, (2 * SLACK + 1) * TRIPLE * sizeof *triples);
 }
 
 static void pack_block(const piece *work, int dtype, size_t first, float *block) {
