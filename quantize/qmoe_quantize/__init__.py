@@ -1,13 +1,6 @@
-"""Ternarizing Mixture-of-Experts checkpoints and packing them; needs torch."""
+"""Ternarizing Mixture-of-Experts checkpoints and packing them."""
 
 from __future__ import annotations
-
-from qmoe_codec.errors import MissingPackageError
-
-try:
-    import torch as _torch  # noqa: F401
-except ModuleNotFoundError as error:
-    raise MissingPackageError("torch is not installed: pip install 'qmoe-format[torch]'") from error
 
 from .checkpoint import SourceCheckpoint
 from .families import FAMILIES, find_layers

@@ -6,7 +6,8 @@ import os
 import re
 from pathlib import Path
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from qmoe_codec.errors import (
     CheckpointError,
     HeaderError,
@@ -15,7 +16,6 @@ from qmoe_codec.errors import (
     TruncatedError,
     UnsupportedModelError,
 )
-from torch import Tensor
 
 from qmoe_format.files import is_plain_name, open_regular, os_errors, read_json_object
 from qmoe_format.safetensors_io import SafetensorsFile, TensorInfo
@@ -24,7 +24,7 @@ from .config import ModelConfig
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 # What belongs to a checkpoint beside its weights: tokenizer, generation settings, licence, model card.
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".md")
@@ -142,7 +142,7 @@ class SourceCheckpoint:
         """The first `nbytes` of :meth:`data`; only they are read."""
         return self._read(name, 0, nbytes)
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> npt.NDArray[np.float32]:
         """A matrix of weights as float32.
 
         Raises
@@ -154,29 +154,27 @@ class SourceCheckpoint:
         """
         return self.weight_rows(name, 0, self.tensors[name].shape[0])
 
-    def weight_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def weight_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows [start, stop) of :meth:`weight`; only they are read."""
         tensor = self.tensors[name]
-        if tensor.dtype not in TORCH_DTYPES or len(tensor.shape) != 2:
+        if tensor.dtype not in WEIGHT_DTYPES or len(tensor.shape) != 2:
             raise UnsupportedModelError(
                 "not a matrix of weights",
                 file=self._files[name],
                 field=name,
                 value=f"{tensor.dtype} {list(tensor.shape)}",
-                expected=" or ".join(TORCH_DTYPES),
+                expected=" or ".join(WEIGHT_DTYPES),
             )
         rows, columns = tensor.shape
         row_bytes = tensor.nbytes // rows if rows else 0
         data = self._read(name, start * row_bytes, (stop - start) * row_bytes)
-        if not data:
-            return torch.zeros(stop - start, columns)
-        weight = torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.dtype]).view(-1, columns).to(torch.float32)
-        if not torch.isfinite(torch.stack(weight.aminmax())).all():  # NaN is passed on by both
+        weight = _as_float32(data, tensor.dtype).reshape(stop - start, columns)
+        if weight.size and not np.isfinite((weight.min(), weight.max())).all():  # both pass NaN on
             raise CheckpointError(
                 "weights that are NaN or infinite",
                 file=self._files[name],
                 field=name,
-                value=f"{int((~torch.isfinite(weight)).sum())} of {weight.numel()}",
+                value=f"{int((~np.isfinite(weight)).sum())} of {weight.size}",
                 expected="finite weights",
             )
         return weight
@@ -230,6 +228,16 @@ def has_weights(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".safetensors"
     return (path / SINGLE).exists() or ((path / INDEX).exists() and any(path.glob("*.safetensors")))
+
+
+def _as_float32(data: bytearray, dtype: str) -> npt.NDArray[np.float32]:
+    """Elements of `dtype` as float32, which holds each of them exactly."""
+    if dtype == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        bits = np.frombuffer(data, "<u2").astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype(np.float32, copy=False)
 
 
 def _no_weights(directory: Path) -> CheckpointError:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from qmoe_codec import DictionarySet
 from qmoe_codec.errors import ArgumentError, CheckpointError
 from qmoe_codec.layout import LEVEL_FORMATS
-from torch import Tensor
 
 from qmoe_format.container import LayerSpec
 from qmoe_format.paths import refuse_overlap
@@ -50,7 +50,8 @@ class PackOptions:
     force : bool
         Replace an existing output.
     threads : int, optional
-        Threads of torch; by default its own choice. It changes no byte of the output.
+        Experts that are ternarized at once, each of which takes memory; by default one for each core, but at
+        most 4. It changes no byte of the output.
 
     Raises
     ------
@@ -78,6 +79,11 @@ class PackOptions:
         if self.threads is not None and self.threads < 1:
             raise ArgumentError("illegal", field="threads", value=self.threads, expected="at least 1")
 
+    @property
+    def thread_count(self) -> int:
+        """Threads to use."""
+        return self.threads or min(4, os.cpu_count() or 1)
+
 
 @dataclass(frozen=True)
 class TernaryMatrix:
@@ -85,16 +91,16 @@ class TernaryMatrix:
 
     Attributes
     ----------
-    trits : Tensor
+    trits : ndarray
         int8 [rows, columns].
-    levels : Tensor
+    levels : ndarray
         float32 [rows, 2].
     squared_error, squared_norm : float
         Sums over the matrix: of (weight - ternary weight)^2 and of weight^2.
     """
 
-    trits: Tensor
-    levels: Tensor
+    trits: npt.NDArray[np.int8]
+    levels: npt.NDArray[np.float32]
     squared_error: float
     squared_norm: float
 
@@ -117,7 +123,7 @@ class TernaryExpert:
 class ExpertWeights(Protocol):
     """Gives the matrices of the source."""
 
-    def __call__(self, tensor: str, /) -> Tensor:
+    def __call__(self, tensor: str, /) -> npt.NDArray[np.float32]:
         """Read one matrix by its tensor's name: float32 [rows, columns], finite."""
         ...
 
@@ -140,11 +146,20 @@ class Ternarizer(Protocol):
 
 
 class NearestTernarizer:
-    """Rounds every row to its own levels, without calibration; see :mod:`qmoe_quantize.nearest`."""
+    """Rounds every row to its own levels, without calibration; see :mod:`qmoe_quantize.nearest`.
 
-    def __init__(self, levels: str, level_format: str) -> None:
+    Parameters
+    ----------
+    levels, level_format : str
+        As for :func:`qmoe_quantize.nearest.ternarize`.
+    threads : int
+        Experts that are ternarized at once.
+    """
+
+    def __init__(self, levels: str = "minmax", level_format: str = "bfloat16", threads: int = 1) -> None:
         self._levels = levels
         self._level_format = level_format
+        self._threads = threads
 
     @property
     def recipe(self) -> dict[str, object]:
@@ -152,14 +167,25 @@ class NearestTernarizer:
         return {"method": "nearest", "levels": self._levels, "level_format": self._level_format}
 
     def layer(self, layer: LayerSpec, weights: ExpertWeights) -> Iterator[TernaryExpert]:
-        """Ternarize each expert by itself."""
-        for expert in range(layer.experts):
-            yield TernaryExpert(tuple(self.matrix(weights(p.tensor_name(expert))) for p in layer.projections))
+        """Ternarize each expert by itself, some of them ahead of the one that is asked for."""
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ternarize")
+        coming: deque[Future[TernaryExpert]] = deque()
+        try:
+            for number in range(layer.experts):
+                coming.append(pool.submit(self._expert, layer, weights, number))
+                if len(coming) > self._threads:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def matrix(self, weight: Tensor) -> TernaryMatrix:
-        """Ternarize one matrix, float32 [rows, columns]."""
+    def _expert(self, layer: LayerSpec, weights: ExpertWeights, number: int) -> TernaryExpert:
+        return TernaryExpert(tuple(self._matrix(weights(p.tensor_name(number))) for p in layer.projections))
+
+    def _matrix(self, weight: npt.NDArray[np.float32]) -> TernaryMatrix:
         trits, levels = ternarize(weight, self._levels, self._level_format)
-        norm = float(torch.linalg.vector_norm(weight)) ** 2
+        norm = float(np.vdot(weight, weight))
         return TernaryMatrix(trits, levels, float(squared_error(weight, levels).sum()), norm)
 
 
@@ -223,8 +249,9 @@ def pack(
 ) -> PackSummary:
     """Pack a Mixture-of-Experts checkpoint.
 
-    Memory holds one expert, another that is made meanwhile, or one dense tensor, however many experts there
-    are. The output depends on the source and the options alone, to the byte.
+    Memory holds the experts that are being made, one for each thread, and one that is encoded, or one dense
+    tensor, however many experts there are. The output depends on the source and the options alone, to the
+    byte.
 
     Parameters
     ----------
@@ -249,9 +276,9 @@ def pack(
     refuse_overlap(path, out)
     checkpoint = SourceCheckpoint(path)
     layers = expert_layers(checkpoint.config, checkpoint.tensors)
-    ternarizer = NearestTernarizer(options.levels, options.level_format)
+    ternarizer = NearestTernarizer(options.levels, options.level_format, options.thread_count)
     run = _Run(checkpoint, options, ternarizer, progress)
-    with _torch_threads(options.threads), PackedModelWriter(out, force=options.force) as writer:
+    with PackedModelWriter(out, force=options.force) as writer:
         for file in checkpoint.other_files:
             writer.add_file(file)
         for layer in layers:
@@ -333,13 +360,12 @@ class _Run:
 
     def _records(self, layer: LayerSpec, dictionaries: DictionarySet) -> Iterator[tuple[list[bytes], int]]:
         summary = self.summary
-        for number, expert in enumerate(_ahead(self._ternarizer.layer(layer, self._checkpoint.weight))):
+        for number, expert in enumerate(self._ternarizer.layer(layer, self._checkpoint.weight)):
             frames = []
             for matrix in expert.matrices:
-                trits, levels = matrix.trits.numpy(), matrix.levels.numpy()
-                frames.append(dictionaries.encode(trits, levels, self._options.level_format))
-                summary.weights += trits.size
-                summary.zeros += trits.size - int(torch.count_nonzero(matrix.trits))
+                frames.append(dictionaries.encode(matrix.trits, matrix.levels, self._options.level_format))
+                summary.weights += matrix.trits.size
+                summary.zeros += matrix.trits.size - int(np.count_nonzero(matrix.trits))
                 summary.squared_error += matrix.squared_error
                 summary.squared_norm += matrix.squared_norm
             yield frames, expert.tokens
@@ -365,23 +391,3 @@ class _Run:
         self._done += nbytes
         if self._progress:
             self._progress(self._done, self.summary.source_bytes)
-
-
-def _ahead(experts: Iterator[TernaryExpert]) -> Iterator[TernaryExpert]:
-    """The same experts, each made in a thread while the one before is encoded."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ternarize") as pool:
-        coming = pool.submit(next, experts, None)
-        while (expert := coming.result()) is not None:
-            coming = pool.submit(next, experts, None)
-            yield expert
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Let torch use this many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from math import prod
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from qmoe_codec import DictionarySet, read_frame_header
 from qmoe_codec.layout import round_up
-from torch import Tensor
 
 from qmoe_format.container import LayerSpec, Projection
 from qmoe_format.dense import encode_dense
 from qmoe_format.safetensors_io import tensor_bytes
 
-from .checkpoint import TORCH_DTYPES, SourceCheckpoint, has_weights, locate
+from .checkpoint import SourceCheckpoint, has_weights, locate
 from .config import ModelConfig
 from .families import TensorTable
 from .nearest import ternarize
@@ -125,9 +125,9 @@ class _Sample:
 
     def __init__(self, checkpoint: SourceCheckpoint | None) -> None:
         self.checkpoint = checkpoint
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = np.random.default_rng(0)
 
-    def rows(self, layers: list[LayerSpec], projection: Projection, count: int) -> Tensor:
+    def rows(self, layers: list[LayerSpec], projection: Projection, count: int) -> npt.NDArray[np.float32]:
         """At most `count` rows of matrices like `projection` in some of `layers`: float32."""
         if not self.checkpoint:
             return self._normal(min(count, projection.rows), projection.columns)
@@ -140,17 +140,19 @@ class _Sample:
             expert = number * layer.experts // len(chosen)
             name = layer.projection(projection.name).tensor_name(expert)
             parts.append(self.checkpoint.weight_rows(name, start, start + each))
-        return torch.cat(parts)
+        return np.concatenate(parts)
 
     def dense(self, name: str, dtype: str, elements: int) -> bytes:
         """Bytes of the first `elements` of a dense tensor."""
         if self.checkpoint:
             return bytes(self.checkpoint.data_start(name, tensor_bytes(dtype, (elements,))))
-        normal = self._normal(1, elements).to(TORCH_DTYPES[dtype])
-        return normal.view(torch.uint8).numpy().tobytes()
+        normal = self._normal(1, elements)
+        if dtype == "BF16":
+            return (normal.view(np.uint32) >> 16).astype("<u2").tobytes()
+        return normal.astype("<f2" if dtype == "F16" else "<f4").tobytes()
 
-    def _normal(self, rows: int, columns: int) -> Tensor:
-        return 0.02 * torch.randn(rows, columns, generator=self._generator)
+    def _normal(self, rows: int, columns: int) -> npt.NDArray[np.float32]:
+        return np.float32(0.02) * self._generator.standard_normal((rows, columns), np.float32)
 
 
 def _predict(config: ModelConfig, tensors: TensorTable, options: PackOptions, sample: _Sample) -> Plan:
@@ -204,7 +206,7 @@ def _predict_layer(layers: list[LayerSpec], options: PackOptions, sample: _Sampl
     for projection in layers[0].projections:
         rows = sample.rows(layers, projection, max(1, SAMPLE_WEIGHTS // max(1, projection.columns)))
         trits, levels = ternarize(rows, options.levels, options.level_format)
-        frame = dictionaries.encode(trits.numpy(), levels.numpy(), options.level_format)
+        frame = dictionaries.encode(trits, levels, options.level_format)
         sections = read_frame_header(frame).section_bytes
         # Everything but the header grows with the rows.
         growing = sections["levels"] + sections["row_index"] + sections["codewords"]
