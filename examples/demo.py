@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--model", type=Path, help="a checkpoint directory to use instead of training one")
     add("--out", type=Path, default=Path("build/demo"), help="where to work (%(default)s)")
     add("--steps", type=int, default=Settings.steps, help="training steps (%(default)s)")
-    add("--windows", type=int, default=256, help="held-out windows of 128 tokens (%(default)s)")
+    add("--windows", type=int, default=768, help="held-out windows of 128 tokens (%(default)s)")
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, default="float32", help="what the models compute in (%(default)s)")
     options = parser.parse_args(arguments)
@@ -103,7 +103,7 @@ def run(
     settings: Settings,
     *,
     model: Path | None = None,
-    windows: int = 256,
+    windows: int = 768,
     dtype: torch.dtype = torch.float32,
 ) -> list[Row]:
     """The whole demo; returns the rows of its table."""
