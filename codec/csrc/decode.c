@@ -48,17 +48,25 @@ qmoe_status qmoe_check_raw(const qmoe_matrix *matrix, qmoe_error *error) {
     return QMOE_OK;
 }
 
-/* Trits of a raw frame from number `first` on. */
-static void decode_raw(const qmoe_matrix *matrix, uint64_t first, uint32_t count, int8_t *trits) {
-    const uint8_t *array = matrix->frame + matrix->layout.codewords_start;
-    uint32_t skip = (uint32_t)(first % 5), i = 0;
-    for (uint64_t byte = first / 5; i < count; byte++, skip = 0) {
-        uint32_t value = array[byte];
-        for (uint32_t digit = 0; digit < 5 && i < count; digit++, value /= 3) {
-            if (digit >= skip) {
-                trits[i++] = (int8_t)(value % 3) - 1;
-            }
-        }
+/* The five trits of each legal byte of a raw frame, and three bytes so that they can be copied as one word. */
+#define TRITS_1(n) {(n) % 3 - 1, (n) / 3 % 3 - 1, (n) / 9 % 3 - 1, (n) / 27 % 3 - 1, (n) / 81 - 1}
+#define TRITS_3(n) TRITS_1(n), TRITS_1((n) + 1), TRITS_1((n) + 2)
+#define TRITS_9(n) TRITS_3(n), TRITS_3((n) + 3), TRITS_3((n) + 6)
+#define TRITS_27(n) TRITS_9(n), TRITS_9((n) + 9), TRITS_9((n) + 18)
+#define TRITS_81(n) TRITS_27(n), TRITS_27((n) + 27), TRITS_27((n) + 54)
+static const int8_t raw_trits[243][8] = {TRITS_81(0), TRITS_81(81), TRITS_81(162)};
+
+void qmoe_decode_raw(const qmoe_matrix *matrix, uint64_t first, uint32_t count, int8_t *trits) {
+    const uint8_t *byte = matrix->frame + matrix->layout.codewords_start + first / 5;
+    uint32_t skip = (uint32_t)(first % 5), done = 0;
+    if (skip && count) {
+        const int8_t *five = raw_trits[*byte < 243 ? *byte : 0];
+        byte++;
+        memcpy(trits, five + skip, 5 - skip);
+        done = 5 - skip;
+    }
+    for (; done < count; done += 5, byte++) {
+        memcpy(trits + done, raw_trits[*byte < 243 ? *byte : 0], 8);
     }
 }
 
@@ -79,7 +87,7 @@ void qmoe_decode_rows(const qmoe_matrix *matrix, uint32_t first_row, uint32_t ro
     row_cursor cursor = raw ? (row_cursor){0} : qmoe_rows_from(matrix, first_row);
     for (uint32_t row = first_row; row < first_row + row_count; row++) {
         if (raw) {
-            decode_raw(matrix, (uint64_t)row * columns, columns, scratch);
+            qmoe_decode_raw(matrix, (uint64_t)row * columns, columns, scratch);
         } else {
             row_codewords codewords = qmoe_next_row(&cursor);
             codeword_source source = qmoe_row_source(matrix, &codewords);

@@ -157,6 +157,9 @@ row_codewords qmoe_next_row(row_cursor *cursor);
 qmoe_status qmoe_check_row(const qmoe_matrix *matrix, const row_codewords *codewords, qmoe_error *error);
 qmoe_status qmoe_check_raw(const qmoe_matrix *matrix, qmoe_error *error);
 
+/* Trits of a raw frame from number `first` on, with up to 7 bytes written after the last. */
+void qmoe_decode_raw(const qmoe_matrix *matrix, uint64_t first, uint32_t count, int8_t *trits);
+
 /* A row's codewords in the form that the kernels take. */
 codeword_source qmoe_row_source(const qmoe_matrix *matrix, const row_codewords *codewords);
 

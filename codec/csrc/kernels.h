@@ -13,11 +13,13 @@
 
 enum {
     /* Codewords that are looked up at a time. */
-    CHUNK = 512,
+    CHUNK = 256,
     /* Columns that a walk may reach past a row's end: a phrase, or a block, whichever is more. */
     SLACK = 128,
     /* Rows of up to this many columns have positions in 16 bits. */
     LIST_COLUMNS = 65536 - SLACK,
+    /* Rows that rows_sum takes at a time. */
+    TOGETHER = 4,
     /* Tokens that list_sum takes at a time. */
     TOKEN_BLOCK = 16
 };
@@ -40,12 +42,14 @@ typedef struct {
     /* Trits of a row from `count` codewords into row[0 … columns + SLACK); what follows the phrases is zeroed. */
     void (*decode_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                        int8_t *row);
-    /* Sums of x over the row's -1 and its +1. x: columns + 2 SLACK triples, and then some room. */
-    void (*row_sum)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
-                    const float *triples, float sums[2]);
+    /* Sums of x over the -1 and the +1 of up to TOGETHER rows. x: columns + 2 SLACK + 1 triples. */
+    void (*rows_sum)(unsigned rows, const codeword_source *sources, const uint32_t *counts,
+                     const phrase_tables *const *phrases, uint32_t columns, const float *triples, float (*sums)[2]);
     /* Lists of the row's non-zeros. */
     void (*list_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                      row_lists *lists);
+    /* Lists of the non-zeros of a row of trits, of which columns + 63 can be read. */
+    void (*list_trits)(const int8_t *trits, uint32_t columns, row_lists *lists);
     /* high * (sum of x over highs) + low * (sum over lows), x [columns + SLACK][width], width 4, 8 or 16. */
     void (*list_sum)(const row_lists *lists, const float *x, unsigned width, const float levels[2], float *sums);
     /* Weights of a row of trits. */

@@ -123,42 +123,81 @@ static void decode_row(const codeword_source *source, uint32_t count, const phra
 /* A pair of floats and two more that nobody looks at: a load of 16 bytes is one with the addition. */
 typedef float quad __attribute__((vector_size(16)));
 
-static inline void add_phrase(quad sums[3], const char *x, const phrase_sums *phrase) {
-    for (unsigned k = 0; k < 3; k++) {
+/* Where a row's walk is, and its sums so far; three, so that additions do not wait for each other. */
+typedef struct {
+    const char *x;
+    quad sums[3];
+} row_walk;
+
+static inline void add_phrase(row_walk *walk, const phrase_sums *phrase) {
+    uint64_t packed;
+    memcpy(&packed, phrase, sizeof packed);
+    for (unsigned k = 0; k < 3; k++, packed >>= 16) {
         quad value;
-        memcpy(&value, x + phrase->offsets[k], sizeof value);
-        sums[k] += value;
+        memcpy(&value, walk->x + (uint16_t)packed, sizeof value);
+        walk->sums[k] += value;
+    }
+    walk->x += packed;
+}
+
+/*
+ * Sums of `rows` rows, 1 or TOGETHER. Rows that are walked side by side are at about the same column, so that x comes
+ * from the nearest cache, and do not wait for each other. A walk is asked where it is after every second phrase.
+ */
+static inline void sum_rows(unsigned rows, const codeword_source *sources, const uint32_t *counts,
+                            const phrase_tables *const *phrases, uint32_t columns, const float *triples,
+                            float (*sums)[2]) {
+    chunk_buffer buffers[TOGETHER];
+    row_walk walks[TOGETHER];
+    const char *end = (const char *)triples + (size_t)columns * TRIPLE * sizeof(float);
+    uint32_t most = 0;
+    for (unsigned row = 0; row < rows; row++) {
+        buffers[row].before = 0; /* T0 */
+        walks[row] = (row_walk){.x = (const char *)triples};
+        most = counts[row] > most ? counts[row] : most;
+    }
+    for (uint32_t done = 0; done < most; done += CHUNK) {
+        uint32_t some[TOGETHER], shared = CHUNK, i = 0;
+        for (unsigned row = 0; row < rows; row++) {
+            uint32_t left = counts[row] > done ? counts[row] - done : 0;
+            some[row] = left < CHUNK ? left : CHUNK;
+            shared = some[row] < shared ? some[row] : shared;
+            if (some[row]) {
+                find_phrases(sources + row, done, some[row], buffers + row);
+            }
+        }
+        bool inside = true;
+        for (; inside && i + 2 <= shared; i += 2) {
+            for (unsigned row = 0; row < rows; row++) {
+                add_phrase(walks + row, phrases[row]->sums + buffers[row].indices[i]);
+            }
+            for (unsigned row = 0; row < rows; row++) {
+                add_phrase(walks + row, phrases[row]->sums + buffers[row].indices[i + 1]);
+                inside = inside && walks[row].x < end;
+            }
+        }
+        for (unsigned row = 0; row < rows; row++) {
+            for (uint32_t k = i; k < some[row] && walks[row].x < end; k++) {
+                add_phrase(walks + row, phrases[row]->sums + buffers[row].indices[k]);
+            }
+        }
+    }
+    for (unsigned row = 0; row < rows; row++) {
+        quad total = walks[row].sums[0] + walks[row].sums[1] + walks[row].sums[2];
+        sums[row][1] = total[0]; /* pairs that start at x */
+        sums[row][0] = total[1]; /* pairs that end at x */
     }
 }
 
-static void row_sum(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
-                    const float *triples, float sums[2]) {
-    chunk_buffer buffer;
-    buffer.before = 0; /* T0 */
-    const phrase_sums *table = phrases->sums;
-    const char *x = (const char *)triples;
-    const char *end = x + (size_t)columns * TRIPLE * sizeof(float);
-    /* Six accumulators, so that additions do not wait for each other. */
-    quad even[3] = {{0}}, odd[3] = {{0}};
-    for (uint32_t done = 0; done < count && x < end; done += CHUNK) {
-        uint32_t some = count - done < CHUNK ? count - done : CHUNK;
-        find_phrases(source, done, some, &buffer);
-        const uint16_t *index = buffer.indices, *last = index + some;
-        for (; last - index >= 2 && x < end; index += 2) {
-            const phrase_sums *first = table + index[0], *second = table + index[1];
-            add_phrase(even, x, first);
-            x += first->advance;
-            add_phrase(odd, x, second);
-            x += second->advance;
-        }
-        if (index < last && x < end) {
-            add_phrase(even, x, table + *index);
-            x += table[*index].advance;
-        }
+static void rows_sum(unsigned rows, const codeword_source *sources, const uint32_t *counts,
+                     const phrase_tables *const *phrases, uint32_t columns, const float *triples, float (*sums)[2]) {
+    if (rows == TOGETHER) {
+        sum_rows(TOGETHER, sources, counts, phrases, columns, triples, sums);
+        return;
     }
-    quad total = ((even[0] + odd[0]) + (even[1] + odd[1])) + (even[2] + odd[2]);
-    sums[1] = total[0]; /* pairs that start at x */
-    sums[0] = total[1]; /* pairs that end at x */
+    for (unsigned row = 0; row < rows; row++) {
+        sum_rows(1, sources + row, counts + row, phrases + row, columns, triples, sums + row);
+    }
 }
 
 /* ---- many tokens ---- */
@@ -187,6 +226,27 @@ static void list_row(const codeword_source *source, uint32_t count, const phrase
     }
     lists->high_count = (uint32_t)((uint16_t *)(void *)highs - lists->highs);
     lists->low_count = (uint32_t)((uint16_t *)(void *)lows - lists->lows);
+}
+
+static void masks(const int8_t *trits, uint64_t *nonzero, uint64_t *negative);
+
+/* Append the columns of a mask's bits to a list. */
+static inline uint32_t append_bits(uint64_t mask, uint32_t first, uint16_t *list, uint32_t count) {
+    for (; mask; mask &= mask - 1) {
+        list[count++] = (uint16_t)(first + (uint32_t)__builtin_ctzll(mask));
+    }
+    return count;
+}
+
+static void list_trits(const int8_t *trits, uint32_t columns, row_lists *lists) {
+    lists->high_count = lists->low_count = 0;
+    for (uint32_t first = 0; first < columns; first += 64) {
+        uint64_t nonzero, negative, used = columns - first >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << (columns - first)) - 1;
+        masks(trits + first, &nonzero, &negative);
+        nonzero &= used;
+        lists->high_count = append_bits(nonzero & ~negative, first, lists->highs, lists->high_count);
+        lists->low_count = append_bits(nonzero & negative, first, lists->lows, lists->low_count);
+    }
 }
 
 #define DEFINE_LIST_SUM(WIDTH)                                                                                       \
@@ -248,7 +308,7 @@ static void dequantize_16(const int8_t *trits, uint32_t columns, const uint16_t 
     }
 }
 
-/* ---- encoding ---- */
+/* ---- non-zeros ---- */
 
 static void masks(const int8_t *trits, uint64_t *nonzero, uint64_t *negative) {
 #if defined(__AVX512BW__)
@@ -280,8 +340,9 @@ static void masks(const int8_t *trits, uint64_t *nonzero, uint64_t *negative) {
 const qmoe_kernels KERNELS = {
     .name = KERNELS_NAME,
     .decode_row = decode_row,
-    .row_sum = row_sum,
+    .rows_sum = rows_sum,
     .list_row = list_row,
+    .list_trits = list_trits,
     .list_sum = list_sum,
     .dequantize_32 = dequantize_32,
     .dequantize_16 = dequantize_16,

@@ -43,10 +43,15 @@ static size_t dtype_size(int dtype) { return dtype == QMOE_FLOAT32 ? 4 : 2; }
 /* Narrowest vector for this many tokens. */
 static unsigned block_width(size_t tokens) { return tokens <= 4 ? 4 : tokens <= 8 ? 8 : TOKEN_BLOCK; }
 
+/* One token of a coded matrix is multiplied straight along the phrases. */
+static bool takes_triples(const piece *work) {
+    return work->tokens == 1 && work->matrix->layout.codec == CODEC_DICTIONARY;
+}
+
 /* Floats that a piece's x takes in the kernels' layout. */
 static size_t packed_floats(const piece *work) {
     size_t columns = work->matrix->layout.columns;
-    if (work->tokens == 1) {
+    if (takes_triples(work)) {
         return (columns + 2 * SLACK + 1) * TRIPLE;
     }
     size_t whole = work->tokens / TOKEN_BLOCK, rest = work->tokens % TOKEN_BLOCK;
@@ -94,7 +99,7 @@ static void pack_unit(void *context, unsigned unit, unsigned thread) {
     (void)thread;
     const batch *all = context;
     const piece *work = all->pieces + unit;
-    if (work->tokens == 1) {
+    if (takes_triples(work)) {
         pack_triples(work, all->dtype);
         return;
     }
@@ -110,14 +115,24 @@ static void pack_unit(void *context, unsigned unit, unsigned thread) {
 static void multiply_token(const qmoe_kernels *kernels, const piece *work, uint32_t first_row, uint32_t row_count) {
     const qmoe_matrix *matrix = work->matrix;
     row_cursor cursor = qmoe_rows_from(matrix, first_row);
-    for (uint32_t row = first_row; row < first_row + row_count; row++) {
-        row_codewords codewords = qmoe_next_row(&cursor);
-        codeword_source source = qmoe_row_source(matrix, &codewords);
-        float sums[2], levels[2];
-        kernels->row_sum(&source, codewords.count, matrix->phrases[codewords.dictionary_number],
-                         matrix->layout.columns, work->packed, sums);
-        qmoe_row_levels(matrix, row, levels);
-        work->y[row] = levels[1] * sums[1] + levels[0] * sums[0];
+    for (uint32_t done = 0; done < row_count; done += TOGETHER) {
+        unsigned some = row_count - done < TOGETHER ? row_count - done : TOGETHER;
+        codeword_source sources[TOGETHER];
+        const phrase_tables *phrases[TOGETHER];
+        uint32_t counts[TOGETHER];
+        float sums[TOGETHER][2];
+        for (unsigned i = 0; i < some; i++) {
+            row_codewords codewords = qmoe_next_row(&cursor);
+            sources[i] = qmoe_row_source(matrix, &codewords);
+            phrases[i] = matrix->phrases[codewords.dictionary_number];
+            counts[i] = codewords.count;
+        }
+        kernels->rows_sum(some, sources, counts, phrases, matrix->layout.columns, work->packed, sums);
+        for (unsigned i = 0; i < some; i++) {
+            float levels[2];
+            qmoe_row_levels(matrix, first_row + done + i, levels);
+            work->y[first_row + done + i] = levels[1] * sums[i][1] + levels[0] * sums[i][0];
+        }
     }
 }
 
@@ -154,14 +169,21 @@ static void multiply_tokens(const qmoe_kernels *kernels, const piece *work, uint
     uint32_t columns = matrix->layout.columns;
     /* With one block of tokens a list is used at once, while it is in the nearest cache. */
     uint32_t together = work->tokens <= TOKEN_BLOCK ? 1 : ROWS_PER_UNIT;
-    row_cursor cursor = qmoe_rows_from(matrix, first_row);
+    bool raw = matrix->layout.codec == CODEC_RAW;
+    row_cursor cursor = raw ? (row_cursor){0} : qmoe_rows_from(matrix, first_row);
     row_lists lists[ROWS_PER_UNIT];
     for (uint32_t done = 0; done < row_count; done += together) {
         uint32_t some = row_count - done < together ? row_count - done : together;
         for (uint32_t row = 0; row < some; row++) {
+            lists[row] = lists_of(scratch, row, columns);
+            if (raw) {
+                int8_t *trits = (int8_t *)lists_of(scratch, ROWS_PER_UNIT, columns).highs;
+                qmoe_decode_raw(matrix, (uint64_t)(first_row + done + row) * columns, columns, trits);
+                kernels->list_trits(trits, columns, lists + row);
+                continue;
+            }
             row_codewords codewords = qmoe_next_row(&cursor);
             codeword_source source = qmoe_row_source(matrix, &codewords);
-            lists[row] = lists_of(scratch, row, columns);
             kernels->list_row(&source, codewords.count, matrix->phrases[codewords.dictionary_number], columns,
                               lists + row);
         }
@@ -169,7 +191,7 @@ static void multiply_tokens(const qmoe_kernels *kernels, const piece *work, uint
     }
 }
 
-/* ---- raw frames, and rows too long for lists ---- */
+/* ---- rows too long for lists ---- */
 
 static void multiply_trits(void *context, const qmoe_matrix *matrix, uint32_t row, const int8_t *trits) {
     const piece *work = context;
@@ -178,14 +200,14 @@ static void multiply_trits(void *context, const qmoe_matrix *matrix, uint32_t ro
     qmoe_row_levels(matrix, row, levels);
     for (size_t first = 0; first < work->tokens; first += TOKEN_BLOCK) {
         size_t tokens = work->tokens - first < TOKEN_BLOCK ? work->tokens - first : TOKEN_BLOCK;
-        unsigned stride = work->tokens == 1 ? TRIPLE : block_width(tokens);
-        const float *block = work->packed + (work->tokens == 1) + ((size_t)columns + SLACK) * first;
+        unsigned width = block_width(tokens);
+        const float *block = work->packed + ((size_t)columns + SLACK) * first;
         float sums[2][TOKEN_BLOCK] = {{0}};
         for (uint32_t column = 0; column < columns; column++) {
             if (trits[column]) {
                 float *sum = sums[trits[column] > 0];
                 for (size_t token = 0; token < tokens; token++) {
-                    sum[token] += block[(size_t)column * stride + token];
+                    sum[token] += block[(size_t)column * width + token];
                 }
             }
         }
@@ -206,10 +228,9 @@ static void multiply_unit(void *context, unsigned unit, unsigned thread) {
     uint32_t first_row = (unit - work->first_unit) * ROWS_PER_UNIT;
     uint32_t row_count = layout->rows - first_row < ROWS_PER_UNIT ? layout->rows - first_row : ROWS_PER_UNIT;
     uint8_t *scratch = all->scratch + thread * all->scratch_size;
-    bool coded = layout->codec == CODEC_DICTIONARY;
-    if (coded && work->tokens == 1) {
+    if (takes_triples(work)) {
         multiply_token(all->kernels, work, first_row, row_count);
-    } else if (coded && layout->columns <= LIST_COLUMNS) {
+    } else if (layout->columns <= LIST_COLUMNS) {
         multiply_tokens(all->kernels, work, first_row, row_count, scratch);
     } else {
         qmoe_decode_rows(work->matrix, first_row, row_count, multiply_trits, work, (int8_t *)scratch);
@@ -223,8 +244,8 @@ static bool run_batch(batch *all, unsigned threads) {
         piece *work = all->pieces + i;
         size_t columns = work->matrix->layout.columns;
         floats += packed_floats(work);
-        size_t lists = work->tokens <= TOKEN_BLOCK ? 1 : ROWS_PER_UNIT;
-        size_t needed = (columns + SLACK) * 2 * sizeof(uint16_t) * (columns <= LIST_COLUMNS ? lists : 1);
+        /* Two lists for each row of a unit, and a row of trits behind them; or a row of trits alone. */
+        size_t needed = (columns + SLACK) * (columns <= LIST_COLUMNS ? (ROWS_PER_UNIT + 1) * 2 * sizeof(uint16_t) : 1);
         room = needed > room ? needed : room;
         work->first_unit = all->unit_count;
         all->unit_count += (work->matrix->layout.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;

@@ -10,7 +10,7 @@
  *
  * blocks   the trits, `block` bytes each: 32, 64 or 128, whichever holds the longest phrase
  * lengths  its length in trits
- * sums     for one token: where to add x up. See row_sum.
+ * sums     for one token: where to add x up. See rows_sum.
  * lists    for many tokens: where the non-zeros are. See list_row.
  */
 
