@@ -22,6 +22,7 @@ import numpy as np
 from qmoe_format.safetensors_io import SafetensorsWriter
 
 EXPERTS_ALLOWED = 3
+BLOCK_ROWS = 64
 
 
 def make_source(directory: Path, experts: int, rows: int, columns: int) -> None:
@@ -47,9 +48,15 @@ def make_source(directory: Path, experts: int, rows: int, columns: int) -> None:
     prefix = "encoder.block.0.layer.1.mlp"
 
     def add(name: str, *shape: int) -> None:
-        normal = generator.standard_normal(shape, dtype=np.float32)
-        weight = (0.02 * normal * np.abs(normal)).view(np.uint32) >> 16
-        writer.add(name, "BF16", shape, weight.astype("<u2").tobytes())
+        # In small pieces: a process counts what its parent held when it was started.
+        writer.begin(name, len(shape))
+        for start in range(0, shape[0], BLOCK_ROWS):
+            normal = generator.standard_normal(
+                (min(BLOCK_ROWS, shape[0] - start), shape[1]), dtype=np.float32
+            )
+            weight = (np.float32(0.02) * normal * np.abs(normal)).view(np.uint32) >> 16
+            writer.write(weight.astype("<u2").tobytes())
+        writer.end("BF16", shape)
 
     add("shared.weight", 32, rows)
     add(f"{prefix}.router.classifier.weight", experts, rows)

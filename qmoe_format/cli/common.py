@@ -17,6 +17,7 @@ from qmoe_codec.errors import ArgumentError, QMoEError
 from tqdm import tqdm
 
 INTERRUPTED = 130
+PROGRESS_DELAY = 1  # seconds before a bar appears
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,12 @@ class ByteProgress:
 
     def __init__(self, title: str, *, quiet: bool) -> None:
         self._bar = tqdm(
-            desc=title, unit="B", unit_scale=True, disable=True if quiet else None, delay=1, leave=False
+            desc=title,
+            unit="B",
+            unit_scale=True,
+            disable=True if quiet else None,
+            delay=PROGRESS_DELAY,
+            leave=False,
         )
 
     def __call__(self, done: int, total: int) -> None:

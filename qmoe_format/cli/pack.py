@@ -123,7 +123,8 @@ def _plan_text(plan: Plan) -> str:
             table(("", "source", "packed", "bits/weight"), rows),
             "",
             f"{plan.source_bytes / plan.packed_bytes:.1f} times smaller; "
-            f"{plan.sparsity:.1%} of the weights zero; peak memory about {size(plan.peak_memory_bytes)}",
+            f"{plan.sparsity:.1%} of the weights zero; "
+            f"peak memory at most about {size(plan.peak_memory_bytes)}",
             *(f"assumed: {assumption}" for assumption in plan.assumptions),
         ]
     )

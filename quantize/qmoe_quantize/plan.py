@@ -20,7 +20,7 @@ from qmoe_codec.layout import round_up
 
 from qmoe_format.container import LayerSpec, Projection
 from qmoe_format.dense import encode_dense
-from qmoe_format.safetensors_io import tensor_bytes
+from qmoe_format.safetensors_io import DTYPE_BITS, tensor_bytes
 
 from .checkpoint import SourceCheckpoint, has_weights, locate
 from .config import ModelConfig
@@ -33,12 +33,10 @@ SAMPLE_WEIGHTS = 1 << 19  # for each shape of matrix
 SAMPLE_MATRICES = 6
 SAMPLE_DENSE_BYTES = 1 << 20
 
-# Measured with benchmarks/pack_memory.py: interpreter, torch and the codec before any tensor; and bytes held
-# at once for each weight of an expert's largest matrix, of the expert, and for each byte of a dense tensor.
-BASE_BYTES = 330 << 20
-BYTES_PER_MATRIX_WEIGHT = {"minmax": 20, "lsq": 24}
-BYTES_PER_EXPERT_WEIGHT = 3
-BYTES_PER_DENSE_BYTE = {"copy": 1, "zstd": 3}
+# Measured with benchmarks/pack_memory.py: interpreter, NumPy, codec and its dictionaries; and bytes held at
+# once for each byte of a dense tensor.
+BASE_BYTES = 50_000_000
+BYTES_PER_DENSE_BYTE = {"copy": 1.0, "zstd": 3.6}
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Plan:
     sparsity : float
         Share of expert weights that become 0: predicted.
     peak_memory_bytes : int
-        Largest resident memory of the process: predicted.
+        Resident memory of the process at its largest: a bound, predicted.
     assumptions : tuple of str
         What the prediction rests on.
     """
@@ -229,12 +227,16 @@ def _dense_share(sample: _Sample, sizes: Mapping[str, int], tensors: TensorTable
 
 
 def _peak_memory(layers: list[LayerSpec], largest_dense: int, options: PackOptions) -> int:
+    """Upper bound of resident memory, if the formula holds."""
     experts = 0
     for layer in layers:
         matrices = [projection.rows * projection.columns for projection in layer.projections]
-        per_weight = BYTES_PER_MATRIX_WEIGHT[options.levels]
-        experts = max(experts, per_weight * max(matrices) + BYTES_PER_EXPERT_WEIGHT * sum(matrices))
-    return BASE_BYTES + max(experts, BYTES_PER_DENSE_BYTE[options.dense] * largest_dense)
+        # Each thread holds a matrix as stored and as float32; besides there are trits: of the experts that
+        # the threads work on, and of one that is encoded.
+        making = (DTYPE_BITS[layer.dtype] // 8 + 4) * max(matrices)
+        threads = options.thread_count
+        experts = max(experts, threads * making + (threads + 1) * sum(matrices))
+    return BASE_BYTES + max(experts, round(BYTES_PER_DENSE_BYTE[options.dense] * largest_dense))
 
 
 def _assumptions(sample: _Sample, options: PackOptions, sparsity: float, kept: float) -> tuple[str, ...]:
@@ -245,7 +247,7 @@ def _assumptions(sample: _Sample, options: PackOptions, sparsity: float, kept: f
             f"weights follow a normal distribution, so that {sparsity:.1%} become 0; "
             "trained weights have longer tails, so with minmax more of them do"
         )
-    notes = [rows, "peak memory by a formula fitted to measurements on Linux x86-64"]
+    notes = [rows, f"{options.thread_count} threads; memory by a formula that was checked on Linux"]
     if options.dense == "zstd":
         whose = "the start of the largest dense tensor" if sample.checkpoint else "random weights"
         notes.append(f"dense tensors compress to {kept:.0%}, as {whose} did")
