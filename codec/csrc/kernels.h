@@ -42,7 +42,7 @@ typedef struct {
     /* Trits of a row from `count` codewords into row[0 … columns + SLACK); what follows the phrases is zeroed. */
     void (*decode_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                        int8_t *row);
-    /* Sums of x over the -1 and the +1 of up to TOGETHER rows. x: columns + 2 SLACK + 1 triples. */
+    /* Sums of x over the -1 and the +1 of up to TOGETHER rows. x: columns + 2 SLACK triples. */
     void (*rows_sum)(unsigned rows, const codeword_source *sources, const uint32_t *counts,
                      const phrase_tables *const *phrases, uint32_t columns, const float *triples, float (*sums)[2]);
     /* Lists of the row's non-zeros. */
@@ -50,7 +50,7 @@ typedef struct {
                      row_lists *lists);
     /* Lists of the non-zeros of a row of trits, of which columns + 63 can be read. */
     void (*list_trits)(const int8_t *trits, uint32_t columns, row_lists *lists);
-    /* high * (sum of x over highs) + low * (sum over lows), x [columns + SLACK][width], width 4, 8 or 16. */
+    /* high * (sum of x over highs) + low * (sum over lows), x [columns + SLACK][width], width 4, 8 or 16, aligned. */
     void (*list_sum)(const row_lists *lists, const float *x, unsigned width, const float levels[2], float *sums);
     /* Weights of a row of trits. */
     void (*dequantize_32)(const int8_t *trits, uint32_t columns, const uint32_t levels[2], uint32_t *weights);

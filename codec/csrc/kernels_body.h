@@ -7,7 +7,7 @@
  */
 #include "internal.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -87,12 +87,20 @@ static inline void find_phrases(const codeword_source *source, uint32_t done, ui
 
 /* ---- trits ---- */
 
+enum { FIRST_PART = 32 };
+
+/* Few phrases are longer than the first part of their block, so that the rest is copied only then. */
 static inline uint32_t copy_phrases(const chunk_buffer *buffer, uint32_t count, const phrase_tables *phrases,
                                     size_t block, uint32_t columns, uint32_t column, int8_t *row) {
     for (uint32_t i = 0; i < count && column < columns; i++) {
         size_t index = buffer->indices[i];
-        memcpy(row + column, phrases->blocks + index * block, block);
-        column += phrases->lengths[index];
+        const int8_t *phrase = phrases->blocks + index * block;
+        uint32_t length = phrases->lengths[index];
+        memcpy(row + column, phrase, FIRST_PART);
+        if (block > FIRST_PART && length > FIRST_PART) {
+            memcpy(row + column + FIRST_PART, phrase + FIRST_PART, block - FIRST_PART);
+        }
+        column += length;
     }
     return column;
 }
@@ -120,33 +128,42 @@ static void decode_row(const codeword_source *source, uint32_t count, const phra
 
 /* ---- one token ---- */
 
-/* A pair of floats and two more that nobody looks at: a load of 16 bytes is one with the addition. */
-typedef float quad __attribute__((vector_size(16)));
+/* Two floats, which lie in no more than eight bytes: a longer load would cross lines of the cache too often. */
+#if defined(__SSE2__)
+typedef __m128 pair;
+static inline pair load_pair(const char *address) {
+    return _mm_castpd_ps(_mm_load_sd((const double *)(const void *)address));
+}
+#else
+typedef float pair __attribute__((vector_size(8)));
+static inline pair load_pair(const char *address) {
+    pair value;
+    memcpy(&value, address, sizeof value);
+    return value;
+}
+#endif
 
 /* Where a row's walk is, and its sums so far; three, so that additions do not wait for each other. */
 typedef struct {
     const char *x;
-    quad sums[3];
+    pair sums[3];
 } row_walk;
 
 static inline void add_phrase(row_walk *walk, const phrase_sums *phrase) {
     uint64_t packed;
     memcpy(&packed, phrase, sizeof packed);
     for (unsigned k = 0; k < 3; k++, packed >>= 16) {
-        quad value;
-        memcpy(&value, walk->x + (uint16_t)packed, sizeof value);
-        walk->sums[k] += value;
+        walk->sums[k] += load_pair(walk->x + (uint16_t)packed);
     }
     walk->x += packed;
 }
 
 /*
- * Sums of `rows` rows, 1 or TOGETHER. Rows that are walked side by side are at about the same column, so that x comes
+ * Sums of `rows` rows of one dictionary, 1 or TOGETHER. Rows that are walked side by side are at about the same column, so that x comes
  * from the nearest cache, and do not wait for each other. A walk is asked where it is after every second phrase.
  */
 static inline void sum_rows(unsigned rows, const codeword_source *sources, const uint32_t *counts,
-                            const phrase_tables *const *phrases, uint32_t columns, const float *triples,
-                            float (*sums)[2]) {
+                            const phrase_sums *phrases, uint32_t columns, const float *triples, float (*sums)[2]) {
     chunk_buffer buffers[TOGETHER];
     row_walk walks[TOGETHER];
     const char *end = (const char *)triples + (size_t)columns * TRIPLE * sizeof(float);
@@ -169,21 +186,21 @@ static inline void sum_rows(unsigned rows, const codeword_source *sources, const
         bool inside = true;
         for (; inside && i + 2 <= shared; i += 2) {
             for (unsigned row = 0; row < rows; row++) {
-                add_phrase(walks + row, phrases[row]->sums + buffers[row].indices[i]);
+                add_phrase(walks + row, phrases + buffers[row].indices[i]);
             }
             for (unsigned row = 0; row < rows; row++) {
-                add_phrase(walks + row, phrases[row]->sums + buffers[row].indices[i + 1]);
+                add_phrase(walks + row, phrases + buffers[row].indices[i + 1]);
                 inside = inside && walks[row].x < end;
             }
         }
         for (unsigned row = 0; row < rows; row++) {
             for (uint32_t k = i; k < some[row] && walks[row].x < end; k++) {
-                add_phrase(walks + row, phrases[row]->sums + buffers[row].indices[k]);
+                add_phrase(walks + row, phrases + buffers[row].indices[k]);
             }
         }
     }
     for (unsigned row = 0; row < rows; row++) {
-        quad total = walks[row].sums[0] + walks[row].sums[1] + walks[row].sums[2];
+        pair total = walks[row].sums[0] + walks[row].sums[1] + walks[row].sums[2];
         sums[row][1] = total[0]; /* pairs that start at x */
         sums[row][0] = total[1]; /* pairs that end at x */
     }
@@ -191,12 +208,12 @@ static inline void sum_rows(unsigned rows, const codeword_source *sources, const
 
 static void rows_sum(unsigned rows, const codeword_source *sources, const uint32_t *counts,
                      const phrase_tables *const *phrases, uint32_t columns, const float *triples, float (*sums)[2]) {
-    if (rows == TOGETHER) {
-        sum_rows(TOGETHER, sources, counts, phrases, columns, triples, sums);
+    if (rows == TOGETHER && phrases[0] == phrases[1] && phrases[0] == phrases[2] && phrases[0] == phrases[3]) {
+        sum_rows(TOGETHER, sources, counts, phrases[0]->sums, columns, triples, sums);
         return;
     }
     for (unsigned row = 0; row < rows; row++) {
-        sum_rows(1, sources + row, counts + row, phrases + row, columns, triples, sums + row);
+        sum_rows(1, sources + row, counts + row, phrases[row]->sums, columns, triples, sums + row);
     }
 }
 

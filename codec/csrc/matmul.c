@@ -52,10 +52,11 @@ static bool takes_triples(const piece *work) {
 static size_t packed_floats(const piece *work) {
     size_t columns = work->matrix->layout.columns;
     if (takes_triples(work)) {
-        return (columns + 2 * SLACK + 1) * TRIPLE;
+        return (size_t)round_up((columns + 2 * SLACK) * TRIPLE, TOKEN_BLOCK);
     }
     size_t whole = work->tokens / TOKEN_BLOCK, rest = work->tokens % TOKEN_BLOCK;
-    return (columns + SLACK) * (whole * TOKEN_BLOCK + (rest ? block_width(rest) : 0));
+    size_t floats = (columns + SLACK) * (whole * TOKEN_BLOCK + (rest ? block_width(rest) : 0));
+    return (size_t)round_up(floats, TOKEN_BLOCK); /* whole lines of the cache */
 }
 
 static float element(const char *x, size_t index, int dtype) {
@@ -76,7 +77,7 @@ static void pack_triples(const piece *work, int dtype) {
         triples[1] = element(work->x, column, dtype);
         triples[2] = 0.0f;
     }
-    memset(triples, 0, (2 * SLACK + 1) * TRIPLE * sizeof *triples);
+    memset(triples, 0, 2 * SLACK * TRIPLE * sizeof *triples);
 }
 
 static void pack_block(const piece *work, int dtype, size_t first, float *block) {
@@ -252,7 +253,7 @@ static bool run_batch(batch *all, unsigned threads) {
     }
     threads = threads < all->unit_count ? threads : all->unit_count;
     all->scratch_size = (size_t)round_up(room, 64);
-    float *packed = malloc(floats * sizeof *packed);
+    float *packed = aligned_alloc(64, floats * sizeof *packed); /* so that no vector crosses a line of the cache */
     all->scratch = malloc((threads ? threads : 1) * all->scratch_size);
     bool enough = packed && all->scratch;
     if (enough) {
