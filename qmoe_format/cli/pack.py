@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -13,8 +11,6 @@ from .text import size, table
 
 if TYPE_CHECKING:
     from qmoe_quantize import PackSummary, Plan
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +31,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("minmax", "lsq"),
         default="minmax",
         help="a row's levels: its least and greatest weight, as in the QMoE paper, so that most are 0; "
-        "or those with the least squared error, at about twice the size (default: %(default)s)",
+        "or those with the least squared error, in larger files (default: %(default)s)",
     )
     parser.add_argument(
         "--level-format",
@@ -56,7 +52,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predict size and memory from config.json or the weights; write nothing",
     )
     parser.add_argument(
-        "--threads", type=count, metavar="N", help="threads for ternarizing (default: all cores)"
+        "--threads",
+        type=count,
+        metavar="N",
+        help="experts to ternarize at once (default: one per core, at most 4)",
     )
     add_output_arguments(parser)
 
@@ -82,7 +81,6 @@ def _run(options: argparse.Namespace) -> None:
         plan = predict(options.source, settings)
         print_json(plan.to_json()) if options.json else print(_plan_text(plan))
         return
-    _return_freed_memory()
     start = time.monotonic()
     with ByteProgress("packing", quiet=options.quiet) as progress:
         summary = pack(options.source, options.out, settings, progress=progress)
@@ -91,17 +89,6 @@ def _run(options: argparse.Namespace) -> None:
         print_json({**summary.to_json(), "seconds": seconds})
     else:
         print(_summary_text(options.out, summary, seconds))
-
-
-def _return_freed_memory() -> None:
-    """Have glibc give every freed matrix back to the system at once.
-
-    Left alone, it raises its threshold for that to the size of what is freed, and then fragments: packing 256
-    experts of 768 × 3072 took 380 MB at its peak instead of 275 MB, and more with more experts.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _plan_text(plan: Plan) -> str:
