@@ -66,7 +66,17 @@ class DenseTensor:
 
 
 class PackedLayer:
-    """The experts of one layer. Made by :meth:`PackedModel.layer`.
+    """The experts of one layer: :meth:`PackedModel.layer` gives those of a file.
+
+    Parameters
+    ----------
+    spec : LayerSpec
+    store, index, dictionary_bytes
+        Contents of the layer's three tensors; they are kept, not copied.
+    place : str
+        What to call the layer in messages.
+    shard : str, optional
+        File that it lies in.
 
     Attributes
     ----------
@@ -84,12 +94,29 @@ class PackedLayer:
         File that holds the layer.
     """
 
-    def __init__(self, spec: LayerSpec, file: SafetensorsFile, sizes: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        spec: LayerSpec,
+        store: memoryview,
+        index: npt.NDArray[np.int64],
+        dictionary_bytes: memoryview,
+        *,
+        place: str,
+        shard: str = "",
+    ) -> None:
         self.spec = spec
         self.experts = spec.experts
-        self.shard = file.path.name
-        self._place = f"{file.path}: {spec.prefix}"
+        self.store = store
+        self.index = index
+        self.dictionary_bytes = dictionary_bytes
+        self.shard = shard
+        self._place = place
         self._dictionaries: dict[int, Dictionary] | None = None
+        self._check_index()
+
+    @classmethod
+    def from_file(cls, spec: LayerSpec, file: SafetensorsFile, sizes: tuple[int, int]) -> PackedLayer:
+        """The layer in a shard; `sizes` are those of store and dictionaries in ``config.json``."""
         names = [spec.prefix + suffix for suffix in (STORE, STORE_INDEX, DICTIONARIES)]
         for name, dtype, shape in zip(
             names,
@@ -123,9 +150,10 @@ class PackedLayer:
                 value=start,
                 expected=f"a multiple of {RECORD_ALIGNMENT}",
             )
-        self.store, table, self.dictionary_bytes = (file.data(name) for name in names)
-        self.index: npt.NDArray[np.int64] = np.frombuffer(table, "<i8").reshape(spec.experts, 3)
-        self._check_index()
+        store, table, dictionaries = (file.data(name) for name in names)
+        index = np.frombuffer(table, "<i8").reshape(spec.experts, 3)
+        place = f"{file.path}: {spec.prefix}"
+        return cls(spec, store, index, dictionaries, place=place, shard=file.path.name)
 
     def _check_index(self) -> None:
         """The rule of spec 6.1, pair by pair, so that no sum can leave 64 bits."""
@@ -346,7 +374,7 @@ class PackedModel:
                     field=name,
                     expected=self._owners[names[0]].path.name,
                 )
-        return PackedLayer(
+        return PackedLayer.from_file(
             self.layers[prefix], self._owners[names[0]], self._quantization.layer_bytes[prefix]
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
-from qmoe_codec import Matrix
+from qmoe_codec import Matrix, experts_matmul
 from qmoe_codec.errors import ArgumentError, MissingPackageError, UnsupportedModelError
 
 from .container import LayerSpec, Projection
@@ -115,24 +115,35 @@ class QMoEExperts(torch.nn.Module):
         """
         self._check(hidden_states, top_k_index, top_k_weights)
         parsed = self._layer()
-        tokens = hidden_states.detach().to(torch.float32).contiguous()
-        weights = top_k_weights.detach().to(torch.float32)
-        output = torch.zeros_like(tokens)
-        for expert in torch.unique(top_k_index).tolist():  # rising, so that sums are reproducible
-            if expert == self.num_experts:
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            result = self._expert(parsed.matrices(expert), tokens[token])
-            output.index_add_(0, token, result * weights[token, slot, None])
+        # All pairs of token and expert, sorted by expert; those of nobody come last and are left out.
+        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        hit, counts = torch.unique_consecutive(experts, return_counts=True)
+        if hit.numel() and hit[-1] == self.num_experts:
+            hit, counts = hit[:-1], counts[:-1]
+        ends = torch.cumsum(counts, 0).tolist()
+        output = torch.zeros(hidden_states.shape, dtype=torch.float32)
+        if ends:
+            order = order[: ends[-1]]
+            token = order // max(top_k_index.shape[1], 1)
+            matrices = [parsed.matrices(expert) for expert in hit.tolist()]
+            result = self._experts(matrices, hidden_states.detach().to(torch.float32)[token], ends)
+            weight = top_k_weights.detach().to(torch.float32).reshape(-1)[order]
+            output.index_add_(0, token, result * weight[:, None])
         return output.to(hidden_states.dtype)
 
-    def _expert(self, matrices: Mapping[str, Matrix], x: torch.Tensor) -> torch.Tensor:
-        hidden = _matmul(x, matrices[self.up.name])
-        if self.gate is None:
-            hidden = self.act_fn(hidden)
-        else:
-            hidden = self.act_fn(_matmul(x, matrices[self.gate.name])) * hidden
-        return _matmul(hidden, matrices[self.down.name])
+    def _experts(
+        self, matrices: list[Mapping[str, Matrix]], x: torch.Tensor, ends: list[int]
+    ) -> torch.Tensor:
+        """What each expert makes of its tokens, which are those of `x` up to its end."""
+
+        def multiply(projection: Projection, inputs: torch.Tensor) -> torch.Tensor:
+            chosen = [by_name[projection.name] for by_name in matrices]
+            tokens = np.ascontiguousarray(inputs.numpy())
+            return torch.from_numpy(experts_matmul(chosen, tokens, ends, threads=torch.get_num_threads()))
+
+        hidden = multiply(self.up, x)
+        hidden = self.act_fn(hidden) if self.gate is None else self.act_fn(multiply(self.gate, x)) * hidden
+        return multiply(self.down, hidden)
 
     def _check(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         prefix = self.layer.prefix
@@ -202,15 +213,7 @@ class _ParsedLayer(PackedLayer):
 
     def __init__(self, spec: LayerSpec, buffers: tuple[torch.Tensor, ...], verify: bool) -> None:
         store, index, dictionaries = (buffer.contiguous().numpy() for buffer in buffers)
-        self.spec = spec
-        self.experts = spec.experts
-        self.shard = ""
-        self.store = store.data
-        self.index = index
-        self.dictionary_bytes = dictionaries.data
-        self._place = spec.prefix
-        self._dictionaries = None
-        self._check_index()
+        super().__init__(spec, store.data, index, dictionaries.data, place=spec.prefix)
         self._buffers = buffers
         self._pointers = [buffer.data_ptr() for buffer in buffers]
         self._verify = verify
@@ -229,11 +232,6 @@ class _ParsedLayer(PackedLayer):
             found = {name: self.matrix(expert, name, verify=self._verify) for name in names}
             self._matrices[expert] = found
         return found
-
-
-def _matmul(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    y = matrix.matmul(np.ascontiguousarray(x.numpy()), threads=torch.get_num_threads())
-    return torch.from_numpy(y)
 
 
 def _roles(layer: LayerSpec) -> tuple[Projection | None, Projection, Projection]:
