@@ -91,23 +91,27 @@ def _run(options: argparse.Namespace) -> None:
         print(_summary_text(options.out, summary, seconds))
 
 
-def _plan_text(plan: Plan) -> str:
+def _sizes(numbers: Plan | PackSummary) -> str:
     rows = [
         (
             "experts",
-            size(plan.expert_source_bytes),
-            size(plan.expert_packed_bytes),
-            f"{plan.bits_per_weight:.3f}",
+            size(numbers.expert_source_bytes),
+            size(numbers.expert_packed_bytes),
+            f"{numbers.bits_per_weight:.3f}",
         ),
-        ("dense", size(plan.dense_source_bytes), size(plan.dense_packed_bytes), ""),
-        ("all tensors", size(plan.source_bytes), size(plan.packed_bytes), ""),
+        ("dense", size(numbers.dense_source_bytes), size(numbers.dense_packed_bytes), ""),
+        ("all tensors", size(numbers.source_bytes), size(numbers.packed_bytes), ""),
     ]
+    return table(("", "source", "packed", "bits/weight"), rows)
+
+
+def _plan_text(plan: Plan) -> str:
     return "\n".join(
         [
             f"Prediction, nothing written: {plan.layers} layers, {plan.experts} experts, "
             f"{plan.weights:,} weights",
             "",
-            table(("", "source", "packed", "bits/weight"), rows),
+            _sizes(plan),
             "",
             f"{plan.source_bytes / plan.packed_bytes:.1f} times smaller; "
             f"{plan.sparsity:.1%} of the weights zero; "
@@ -119,22 +123,12 @@ def _plan_text(plan: Plan) -> str:
 
 def _summary_text(out: str, summary: PackSummary, seconds: float) -> str:
     numbers = summary.to_json()
-    rows = [
-        (
-            "experts",
-            size(summary.expert_source_bytes),
-            size(summary.expert_packed_bytes),
-            f"{summary.bits_per_weight:.3f}",
-        ),
-        ("dense", size(summary.dense_source_bytes), size(summary.dense_packed_bytes), ""),
-        ("all", size(summary.source_bytes), size(summary.packed_bytes), ""),
-    ]
     return "\n".join(
         [
             f"{out}: {summary.layers} layers, {summary.experts} experts, "
             f"{summary.weights:,} weights in {seconds:.1f} s",
             "",
-            table(("", "source", "packed", "bits/weight"), rows),
+            _sizes(summary),
             "",
             f"{numbers['ratio']:.1f} times smaller; {numbers['sparsity']:.1%} of the weights zero; "
             f"squared error {numbers['relative_error']:.3f} of the squared weights",
