@@ -132,7 +132,9 @@ static void decode_row(const codeword_source *source, uint32_t count, const phra
 #if defined(__SSE2__)
 typedef __m128 pair;
 static inline pair load_pair(const char *address) {
-    return _mm_castpd_ps(_mm_load_sd((const double *)(const void *)address));
+    double value;
+    memcpy(&value, address, sizeof value);
+    return _mm_castpd_ps(_mm_set_sd(value));
 }
 #else
 typedef float pair __attribute__((vector_size(8)));
@@ -184,6 +186,9 @@ static inline void sum_rows(unsigned rows, const codeword_source *sources, const
             }
         }
         bool inside = true;
+        for (unsigned row = 0; row < rows; row++) {
+            inside = inside && walks[row].x < end;
+        }
         for (; inside && i + 2 <= shared; i += 2) {
             for (unsigned row = 0; row < rows; row++) {
                 add_phrase(walks + row, phrases + buffers[row].indices[i]);
