@@ -20,7 +20,9 @@ from qmoe_codec import (
     decode,
     dequantize,
     encode,
+    experts_matmul,
     join_dictionaries,
+    kernels_name,
     matmul,
     parse_dictionaries,
     read_frame_header,
@@ -373,3 +375,64 @@ def test_dictionaries_can_be_compared_joined_and_pickled() -> None:
     assert f"{a.dictionary_id:#010x}" in repr(a)
     with pytest.raises(ValueError, match="read-only"):
         a.words[0, 0] = 1
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 90), st.integers(0, 2**32 - 1))
+def test_experts_are_multiplied_in_one_call(sizes: list[int], columns: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    encoder = DictionarySet()
+    levels = generator.normal(size=(33, 2)).astype(np.float32)
+    frames = [encoder.encode(random_trits((33, columns), p, seed % 97), levels) for p in (0.3, 0.9)]
+    matrices = [Matrix(frames[g % 2], encoder.dictionaries) for g in range(len(sizes))]
+    ends = np.cumsum(sizes)
+    x = generator.normal(size=(ends[-1], columns)).astype(np.float32)
+    y = experts_matmul(matrices, x, ends, threads=1)
+    assert y.shape == (ends[-1], 33)
+    assert np.array_equal(y, experts_matmul(matrices, x, ends, threads=2))
+    for matrix, start, end in zip(matrices, ends - sizes, ends, strict=True):
+        assert np.allclose(y[start:end], x[start:end] @ matrix.dequantize().T, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 17, 300])
+def test_inputs_of_16_bits_are_taken_as_they_are(tokens: int) -> None:
+    encoder = DictionarySet()
+    matrix = Matrix(encoder.encode(random_trits((40, 130), 0.9), np.ones((40, 2))), encoder.dictionaries)
+    x = np.random.default_rng(0).normal(size=(tokens, 130)).astype(np.float32)
+    half = x.astype(np.float16)
+    assert np.array_equal(matrix.matmul(half, dtype="float16"), matrix.matmul(half.astype(np.float32)))
+    brain = (x.view(np.uint32) >> 16).astype(np.uint16)
+    widened = (brain.astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(matrix.matmul(brain, dtype="bfloat16"), matrix.matmul(widened))
+
+
+def test_rows_too_long_for_short_lists() -> None:
+    """More columns than 16 bits can number."""
+    encoder = DictionarySet()
+    trits = random_trits((3, 70_000), 0.95)
+    matrix = Matrix(encoder.encode(trits, np.array([[-1.0, 2.0]] * 3)), encoder.dictionaries)
+    x = np.random.default_rng(0).normal(size=(5, 70_000)).astype(np.float32)
+    for tokens in (1, 5):
+        exact = reference.matmul(x[:tokens], trits, matrix.levels)
+        assert np.allclose(matrix.matmul(x[:tokens]), exact, atol=2e-3)
+
+
+def test_experts_matmul_refuses() -> None:
+    small, large = (Matrix(encode(np.zeros((n, 3), np.int8), np.zeros((n, 2)), None), {}) for n in (2, 4))
+    x = np.zeros((6, 3), np.float32)
+    for matrices, ends, options in [
+        ([], [], {}),
+        ([small, large], [3, 6], {}),
+        ([small, small], [6], {}),
+        ([small, small], [3, 5], {}),
+        ([small, small], [7, 6], {}),
+        ([small, small], [3, 6], {"threads": 0}),
+        ([small, small], [3, 6], {"threads": 257}),
+        ([small, small], [3, 6], {"dtype": "int8"}),
+        ([small, small], [3, 6], {"dtype": "bfloat16"}),
+    ]:
+        with pytest.raises(ArgumentError):
+            experts_matmul(matrices, x, ends, **options)
+
+
+def test_the_chosen_kernels_have_a_name() -> None:
+    assert kernels_name() in ("portable", "avx2", "avx512")
