@@ -258,13 +258,13 @@ static qmoe_status open_matrix(qmoe_matrix *matrix, size_t size, const qmoe_dict
         (status = find_dictionaries(matrix, dictionaries, dictionary_count, error)) != QMOE_OK) {
         return status;
     }
+    if (layout->codec == CODEC_DICTIONARY && (status = check_row_index(matrix, error)) != QMOE_OK) {
+        return status;
+    }
     uint64_t used = (uint64_t)layout->codeword_count * layout->bits;
     if (used % 8 && frame[layout->codewords_end - 1] >> (used % 8)) {
         return qmoe_fail(error, QMOE_PAYLOAD, "codewords", frame[layout->codewords_end - 1],
                          "zero bits after the last codeword");
-    }
-    if (layout->codec == CODEC_DICTIONARY && (status = check_row_index(matrix, error)) != QMOE_OK) {
-        return status;
     }
     return whole ? check_codewords(matrix, error) : QMOE_OK;
 }
