@@ -271,44 +271,66 @@ static void list_trits(const int8_t *trits, uint32_t columns, row_lists *lists) 
     }
 }
 
+/* Floats in the processor's widest vector; wider ones would be taken apart badly. */
+#if defined(__AVX512F__)
+enum { WIDEST = 16 };
+#elif defined(__AVX__)
+enum { WIDEST = 8 };
+#else
+enum { WIDEST = 4 };
+#endif
+
+/* Sums of WIDTH tokens over both lists, x having `stride` tokens to a column. */
 #define DEFINE_LIST_SUM(WIDTH)                                                                                       \
     typedef float vector##WIDTH __attribute__((vector_size(4 * WIDTH)));                                             \
-    static inline void sum_columns_##WIDTH(const uint16_t *columns, uint32_t count, const float *x,                  \
-                                           vector##WIDTH *sum) {                                                     \
+    static inline vector##WIDTH sum_columns_##WIDTH(const uint16_t *columns, uint32_t count, const float *x,         \
+                                                    size_t stride) {                                                 \
         vector##WIDTH lanes[4] = {{0}}, value;                                                                       \
         uint32_t i = 0;                                                                                              \
         for (; i + 4 <= count; i += 4) {                                                                             \
             for (unsigned lane = 0; lane < 4; lane++) {                                                              \
-                memcpy(&value, x + (size_t)columns[i + lane] * WIDTH, sizeof value);                                 \
+                memcpy(&value, x + columns[i + lane] * stride, sizeof value);                                        \
                 lanes[lane] += value;                                                                                \
             }                                                                                                        \
         }                                                                                                            \
         for (; i < count; i++) {                                                                                     \
-            memcpy(&value, x + (size_t)columns[i] * WIDTH, sizeof value);                                            \
+            memcpy(&value, x + columns[i] * stride, sizeof value);                                                   \
             lanes[0] += value;                                                                                       \
         }                                                                                                            \
-        *sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);                                                        \
+        return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);                                                        \
     }                                                                                                                \
-    static inline void list_sum_##WIDTH(const row_lists *lists, const float *x, const float levels[2],               \
-                                        float *sums) {                                                               \
-        vector##WIDTH high, low;                                                                                     \
-        sum_columns_##WIDTH(lists->highs, lists->high_count, x, &high);                                              \
-        sum_columns_##WIDTH(lists->lows, lists->low_count, x, &low);                                                 \
+    static inline void list_sum_##WIDTH(const row_lists *lists, const float *x, size_t stride,                       \
+                                        const float levels[2], float *sums) {                                        \
+        vector##WIDTH high = sum_columns_##WIDTH(lists->highs, lists->high_count, x, stride);                        \
+        vector##WIDTH low = sum_columns_##WIDTH(lists->lows, lists->low_count, x, stride);                           \
         high = high * levels[1] + low * levels[0];                                                                   \
         memcpy(sums, &high, sizeof high);                                                                            \
     }
 
 DEFINE_LIST_SUM(4)
+#if defined(__AVX__)
 DEFINE_LIST_SUM(8)
+#endif
+#if defined(__AVX512F__)
 DEFINE_LIST_SUM(16)
+#endif
 
 static void list_sum(const row_lists *lists, const float *x, unsigned width, const float levels[2], float *sums) {
-    if (width == 4) {
-        list_sum_4(lists, x, levels, sums);
-    } else if (width == 8) {
-        list_sum_8(lists, x, levels, sums);
-    } else {
-        list_sum_16(lists, x, levels, sums);
+    unsigned step = width < WIDEST ? width : WIDEST;
+    for (unsigned lane = 0; lane < width; lane += step) {
+#if defined(__AVX512F__)
+        if (step == 16) {
+            list_sum_16(lists, x, width, levels, sums);
+            continue;
+        }
+#endif
+#if defined(__AVX__)
+        if (step == 8) {
+            list_sum_8(lists, x + lane, width, levels, sums + lane);
+            continue;
+        }
+#endif
+        list_sum_4(lists, x + lane, width, levels, sums + lane);
     }
 }
 
