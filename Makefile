@@ -8,11 +8,13 @@ INSTALLED := $(VENV)/.stamp
 CORE := codec/CMakeLists.txt $(wildcard codec/csrc/* codec/include/*)
 MODEL ?=
 ARGS ?=
+SECONDS ?= 60
+SEED ?= 1
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize bench lint format clean
+.PHONY: help install demo test sanitize fuzz bench lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,6 +43,9 @@ sanitize: build/sanitize/.stamp ## run the tests that are not slow against a C c
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		QMOE_LIBRARY="$(CURDIR)/build/sanitize/libqmoe.so" $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
+fuzz: build/sanitize/.stamp ## fuzz the C core for SECONDS=60, the same way for the same SEED=1
+	build/sanitize/fuzz_core $(SECONDS) $(SEED) $(wildcard spec/vectors/*/*.qmxd spec/vectors/*/*.qmxm)
+
 clean: ## remove .venv and all build outputs
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -58,8 +63,8 @@ $(INSTALLED): $(VENV)/.tools pyproject.toml constraints-dev.txt $(CORE)
 		-C cmake.define.QMOE_WERROR=ON --editable '.[dev]'
 	@touch $@
 
-build/sanitize/.stamp: $(INSTALLED)
+build/sanitize/.stamp: $(INSTALLED) $(wildcard codec/fuzz/*)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S codec -B build/sanitize \
-		-DCMAKE_C_COMPILER=$(CC) -DQMOE_SANITIZE=ON -DQMOE_WERROR=ON >/dev/null
+		-DCMAKE_C_COMPILER=$(CC) -DQMOE_SANITIZE=address,undefined -DQMOE_WERROR=ON >/dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	@touch $@

@@ -1,0 +1,60 @@
+"""Builds of the C core with sanitizers, and how to run Python with one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ("portable", "avx2", "avx512")
+
+
+def compiler() -> str:
+    """The C compiler that CMake takes too."""
+    found = shutil.which(os.environ.get("CC", "cc"))
+    if not found:
+        pytest.skip("NOT TESTED WITH SANITIZERS: there is no C compiler")
+    return found
+
+
+def runtime(name: str) -> Path:
+    """The compiler's library of that name; the calling test is skipped where it has none."""
+    answer = subprocess.run(
+        [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
+    path = Path(answer.stdout.strip())
+    if not path.is_absolute():
+        pytest.skip(f"NOT TESTED WITH SANITIZERS: {compiler()} has no {name}")
+    return path
+
+
+def build(sanitizers: str, into: Path) -> Path:
+    """Build the core and its fuzz programs; returns where they are."""
+    scripts = sysconfig.get_path("scripts")
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    configure = ["cmake", "-S", ROOT / "codec", "-B", into, f"-DQMOE_SANITIZE={sanitizers}"]
+    if shutil.which("ninja", path=environment["PATH"]):
+        configure += ["-G", "Ninja"]
+    for command in (configure, ["cmake", "--build", into, "--parallel"]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return into
+
+
+def kernels_here(kernels: str) -> None:
+    """Skip the calling test where the processor does not know these kernels."""
+    name = subprocess.run(
+        [sys.executable, "-c", "import qmoe_codec; print(qmoe_codec.kernels_name())"],
+        env={**os.environ, "QMOE_KERNELS": kernels},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    if name != kernels:
+        pytest.skip(f"this processor has no {kernels}")
