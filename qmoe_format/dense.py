@@ -32,10 +32,10 @@ ELEMENT_SIZES = (1, 2, 4, 8)
 DIMENSION_LIMIT = 8
 ELEMENT_LIMIT = 1 << 40
 
-# Bytes of weights hardly repeat, so that matches only cost: a plane of exponents is coded best by how often each
-# value comes, a plane of mantissas not at all. Measured on one core: of 4 M normally distributed bf16 weights
-# level 1 keeps 68.4 % of the bytes at 600 MB/s, 3 keeps 71.2 % at 310, 9 keeps 70.0 % at 63, 15 keeps 69.5 % at
-# 3; of the small tensors of a trained MoE 1 keeps 68.7 % at 340, 3 keeps 70.1 % at 230, 15 keeps 66.7 % at 11.
+# Bytes of weights hardly repeat, so that matches only cost: a plane of exponents is coded best by how often
+# each value comes, a plane of mantissas not at all. Measured on one core, of 4 M normally distributed bf16
+# weights level 1 keeps 68.4 % of the bytes at 600 MB/s, 3 keeps 71.2 % at 310, 9 keeps 70.0 % at 63, 15 keeps
+# 69.5 % at 3; of the small tensors of a trained MoE 1 keeps 68.7 % at 340, 3 70.1 % at 230, 15 66.7 % at 11.
 LEVEL = 1
 
 # A block gives at most 128 KiB and takes at least 4 bytes, so no frame expands further. It keeps a header
