@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from qmoe_codec import Matrix, experts_matmul
 from qmoe_codec.errors import ArgumentError, MissingPackageError, UnsupportedModelError
 
@@ -114,36 +115,34 @@ class QMoEExperts(torch.nn.Module):
             The packed bytes are not what the spec says.
         """
         self._check(hidden_states, top_k_index, top_k_weights)
-        parsed = self._layer()
+        # In NumPy, which stays on this thread: for few tokens, torch's threads take longer to meet than this.
+        choices = top_k_index.shape[1]
+        experts = top_k_index.reshape(-1).numpy()
+        counts = np.bincount(experts, minlength=self.num_experts)[: self.num_experts]
         # All pairs of token and expert, sorted by expert; those of nobody come last and are left out.
-        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        hit, counts = torch.unique_consecutive(experts, return_counts=True)
-        if hit.numel() and hit[-1] == self.num_experts:
-            hit, counts = hit[:-1], counts[:-1]
-        ends = torch.cumsum(counts, 0).tolist()
-        output = torch.zeros(hidden_states.shape, dtype=torch.float32)
-        if ends:
-            order = order[: ends[-1]]
-            token = order // max(top_k_index.shape[1], 1)
-            matrices = [parsed.matrices(expert) for expert in hit.tolist()]
-            result = self._experts(matrices, hidden_states.detach().to(torch.float32)[token], ends)
-            weight = top_k_weights.detach().to(torch.float32).reshape(-1)[order]
-            output.index_add_(0, token, result * weight[:, None])
-        return output.to(hidden_states.dtype)
+        order = np.argsort(experts, kind="stable")[: counts.sum()]
+        results = np.zeros((experts.size, self.hidden_dim), np.float32)
+        if order.size:
+            x = _as_array(hidden_states)[order // choices]
+            results[order] = self._experts(np.flatnonzero(counts), x, np.cumsum(counts[counts > 0]))
+        results *= _as_array(top_k_weights).reshape(-1, 1)
+        output = results.reshape(*top_k_index.shape, self.hidden_dim).sum(axis=1)
+        return torch.from_numpy(output).to(hidden_states.dtype)
 
     def _experts(
-        self, matrices: list[Mapping[str, Matrix]], x: torch.Tensor, ends: list[int]
-    ) -> torch.Tensor:
+        self, hit: NDArray[np.intp], x: NDArray[np.float32], ends: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
         """What each expert makes of its tokens, which are those of `x` up to its end."""
+        matrices = [self._layer().matrices(expert) for expert in hit.tolist()]
+        threads = torch.get_num_threads()
 
-        def multiply(projection: Projection, inputs: torch.Tensor) -> torch.Tensor:
+        def multiply(projection: Projection, inputs: NDArray[np.float32]) -> torch.Tensor:
             chosen = [by_name[projection.name] for by_name in matrices]
-            tokens = np.ascontiguousarray(inputs.numpy())
-            return torch.from_numpy(experts_matmul(chosen, tokens, ends, threads=torch.get_num_threads()))
+            return torch.from_numpy(experts_matmul(chosen, inputs, ends, threads=threads))
 
         hidden = multiply(self.up, x)
         hidden = self.act_fn(hidden) if self.gate is None else self.act_fn(multiply(self.gate, x)) * hidden
-        return multiply(self.down, hidden)
+        return multiply(self.down, hidden.numpy()).numpy()
 
     def _check(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         prefix = self.layer.prefix
@@ -232,6 +231,11 @@ class _ParsedLayer(PackedLayer):
             found = {name: self.matrix(expert, name, verify=self._verify) for name in names}
             self._matrices[expert] = found
         return found
+
+
+def _as_array(tensor: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.detach().to(torch.float32).numpy()
+    return array
 
 
 def _roles(layer: LayerSpec) -> tuple[Projection | None, Projection, Projection]:
