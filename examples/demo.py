@@ -15,15 +15,26 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from demo_model import Decode, Encode, Settings, bits_per_byte, sample, split, standard_library_text, train
+from demo_model import (
+    Decode,
+    Encode,
+    Settings,
+    bits_per_byte,
+    generation_rate,
+    sample,
+    split,
+    standard_library_text,
+    train,
+)
 from qmoe_codec.errors import QMoEError
 from safetensors import safe_open
 
@@ -35,6 +46,7 @@ PROMPT = b"def read(self, size=-1):\n"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Packed and unpacked model compute the same sums in another order; bits per byte
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -60,6 +72,8 @@ class Row:
     expert_weights: int
     bits_per_byte: float
     load_seconds: float
+    generated_per_second: float  # tokens, one after the other
+    evaluated_per_second: float  # tokens, in batches
 
     @property
     def bits(self) -> float:
@@ -77,7 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--steps", type=int, default=Settings.steps, help="training steps (%(default)s)")
     add("--windows", type=int, default=768, help="held-out windows of 128 tokens (%(default)s)")
     dtypes = ("float32", "bfloat16")
-    add("--dtype", choices=dtypes, default="float32", help="what the models compute in (%(default)s)")
+    add(
+        "--dtype",
+        choices=dtypes,
+        default="float32",
+        help="what the models compute in, the original in both (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         run(
@@ -139,22 +158,26 @@ def run(
     headline("Load and run")
     rows, samples = [], {}
     auto = transformers.AutoModelForCausalLM
-    for name, path, loader in (
-        ("original", model, auto.from_pretrained),
-        ("unpacked minmax", unpacked, auto.from_pretrained),
-        ("packed minmax", packed, load),
-        ("packed lsq", packed_lsq, load),
-    ):
+    both = sorted(DTYPES, key=lambda known: known != dtype)  # the one that the others compute in comes first
+    models: list[tuple[str, Path, Callable[..., Any], torch.dtype]] = [
+        *((f"original {DTYPES[known]}", model, auto.from_pretrained, known) for known in both),
+        ("unpacked minmax", unpacked, auto.from_pretrained, dtype),
+        ("packed minmax", packed, load, dtype),
+        ("packed lsq", packed_lsq, load, dtype),
+    ]
+    for name, path, loader, compute in models:
         start = time.perf_counter()
-        loaded = loader(path, dtype=dtype)
+        loaded = loader(path, dtype=compute)
         load_seconds = time.perf_counter() - start
         with clock.step(f"evaluate {name}"):
-            loss = bits_per_byte(loaded, held_out, encode, windows)
+            loss, evaluation_rate = bits_per_byte(loaded, held_out, encode, windows)
         with clock.step(f"generate {name}"):
             samples[name] = sample(loaded, PROMPT, encode, decode, tokens=80)
-        rows.append(Row(name, *sizes(path, packed), loss, load_seconds))
-        print(f"{name}: {loss:.4f} bits per held-out byte", flush=True)
-    difference = abs(rows[1].bits_per_byte - rows[2].bits_per_byte)
+            speed = generation_rate(loaded, PROMPT, encode, tokens=64)
+        rows.append(Row(name, *sizes(path, packed), loss, load_seconds, speed, evaluation_rate))
+        print(f"{name}: {loss:.4f} bits per held-out byte, {speed:.0f} tokens/s generated", flush=True)
+    by_name = {row.name: row for row in rows}
+    difference = abs(by_name["unpacked minmax"].bits_per_byte - by_name["packed minmax"].bits_per_byte)
     require(
         difference <= LOSS_TOLERANCE[dtype], f"packed and unpacked model differ by {difference} bits per byte"
     )
@@ -174,6 +197,7 @@ def run(
     print()
     print("seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in clock.seconds.items()))
     print(f"pictures: {out / 'inspect.png'}, {out / 'rate-loss.png'}")
+    print(f"tokens per second: on {torch.get_num_threads()} threads each; packed experts compute in float32")
     print(
         "The weights were rounded to the nearest of three levels without looking at any data, and the table\n"
         "shows what that costs: minmax takes the fewest bits and loses most, lsq takes more and loses less."
@@ -292,7 +316,19 @@ def sizes(path: Path, packed: Path) -> tuple[int, int, int]:
 
 def table(rows: Sequence[Row]) -> str:
     """The closing table as text."""
-    cells = [["", "size MB", "experts MB", "ratio", "bits/weight", "bits/byte", "load s"]]
+    cells = [
+        [
+            "",
+            "size MB",
+            "experts MB",
+            "ratio",
+            "bits/weight",
+            "bits/byte",
+            "load s",
+            "generate tok/s",
+            "evaluate tok/s",
+        ]
+    ]
     for row in rows:
         cells.append(
             [
@@ -303,6 +339,8 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.bits:.3f}",
                 f"{row.bits_per_byte:.4f}",
                 f"{row.load_seconds:.2f}",
+                f"{row.generated_per_second:.0f}",
+                f"{row.evaluated_per_second:.0f}",
             ]
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

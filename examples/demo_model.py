@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,20 +112,46 @@ Decode = Callable[[list[int]], str]
 
 
 @torch.inference_mode()
-def bits_per_byte(model: PreTrainedModel, text: bytes, encode: Encode, windows: int) -> float:
-    """Mean bits that the model needs for a byte of `text`, in windows of 128 tokens and one before them."""
+def bits_per_byte(model: PreTrainedModel, text: bytes, encode: Encode, windows: int) -> tuple[float, float]:
+    """Mean bits that the model needs for a byte of `text`, in windows of 128 tokens and one before them.
+
+    Also gives tokens per second: of the median batch, so that a pause of the machine does not count.
+    """
     text = text[: 16 * windows * (WINDOW + 1)]  # more than enough, whatever the tokenizer
     tokens = torch.tensor(encode(text))
     bytes_per_token = len(text) / max(len(tokens), 1)
     tokens = tokens[: len(tokens) // (WINDOW + 1) * (WINDOW + 1)].reshape(-1, WINDOW + 1)[:windows]
     if not len(tokens):
         raise SystemExit(f"{len(text)} bytes of held-out text are less than one window of {WINDOW} tokens")
-    total = 0.0
+    total, rates = 0.0, []
     for batch in tqdm(tokens.split(8), desc="evaluating", unit="batch", leave=False):
+        start = time.perf_counter()
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1)
         losses = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
         total += losses.item()
-    return total / math.log(2) / (len(tokens) * WINDOW * bytes_per_token)
+        rates.append(batch[:, 1:].numel() / (time.perf_counter() - start))
+    return total / math.log(2) / (len(tokens) * WINDOW * bytes_per_token), statistics.median(rates)
+
+
+@torch.inference_mode()
+def generation_rate(model: PreTrainedModel, prompt: bytes, encode: Encode, tokens: int) -> float:
+    """Tokens per second that the model generates one after the other: the median of five times, warmed up."""
+    ids = torch.tensor([encode(prompt)])
+
+    def generate(count: int) -> float:
+        start = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=count,
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return count / (time.perf_counter() - start)
+
+    generate(8)
+    return statistics.median(generate(tokens) for _ in range(5))
 
 
 @torch.inference_mode()

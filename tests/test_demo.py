@@ -31,12 +31,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[demo.
 
 def test_runs_from_training_to_the_table(finished: tuple[Path, list[demo.Row]]) -> None:
     out, rows = finished
-    assert [row.name for row in rows] == ["original", "unpacked minmax", "packed minmax", "packed lsq"]
-    original, unpacked, packed, _ = rows
+    names = ["original fp32", "original bf16", "unpacked minmax", "packed minmax", "packed lsq"]
+    assert [row.name for row in rows] == names
+    original, _, unpacked, packed, _ = rows
     assert original.bits == unpacked.bits == 16
     assert packed.bits < 4  # so small a model is mostly headers
     assert original.total_bytes > packed.total_bytes > packed.expert_bytes
     assert all(0 < row.bits_per_byte < 9 for row in rows)
+    assert all(min(row.generated_per_second, row.evaluated_per_second) > 1 for row in rows)
     assert abs(unpacked.bits_per_byte - packed.bits_per_byte) <= 1e-4
     for picture in ("inspect.png", "rate-loss.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
@@ -67,16 +69,16 @@ def test_training_is_reproducible_and_learns() -> None:
     first, again = (demo_model.train(TINY, text) for _ in range(2))
     for one, other in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert demo_model.bits_per_byte(first, text, list, windows=4) < 7.5
+    assert demo_model.bits_per_byte(first, text, list, windows=4)[0] < 7.5
 
 
 def test_a_model_that_knows_nothing_needs_eight_bits() -> None:
     model = demo_model.train(TINY, bytes(range(256)) * 2)
     assert isinstance(model, OlmoeForCausalLM)
     torch.nn.init.zeros_(model.lm_head.weight)
-    assert math.isclose(demo_model.bits_per_byte(model, bytes(1000), list, windows=3), 8, rel_tol=1e-5)
+    assert math.isclose(demo_model.bits_per_byte(model, bytes(1000), list, windows=3)[0], 8, rel_tol=1e-5)
     # Two bytes to a token: half as many bits for each
-    pairs = demo_model.bits_per_byte(model, bytes(1000), lambda text: list(text[::2]), windows=3)
+    pairs, _ = demo_model.bits_per_byte(model, bytes(1000), lambda text: list(text[::2]), windows=3)
     assert math.isclose(pairs, 4, rel_tol=1e-5)
 
 
