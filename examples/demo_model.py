@@ -135,7 +135,7 @@ def bits_per_byte(model: PreTrainedModel, text: bytes, encode: Encode, windows: 
 
 @torch.inference_mode()
 def generation_rate(model: PreTrainedModel, prompt: bytes, encode: Encode, tokens: int) -> float:
-    """Tokens per second that the model generates one after the other: the median of five times, warmed up."""
+    """Tokens per second that the model generates one after the other: the median of nine times, warmed up."""
     ids = torch.tensor([encode(prompt)])
 
     def generate(count: int) -> float:
@@ -151,7 +151,7 @@ def generation_rate(model: PreTrainedModel, prompt: bytes, encode: Encode, token
         return count / (time.perf_counter() - start)
 
     generate(8)
-    return statistics.median(generate(tokens) for _ in range(5))
+    return statistics.median(generate(tokens) for _ in range(9))
 
 
 @torch.inference_mode()
