@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,14 +49,48 @@ def build(sanitizers: str, into: Path) -> Path:
     return into
 
 
-def kernels_here(kernels: str) -> None:
-    """Skip the calling test where the processor does not know these kernels."""
-    name = subprocess.run(
-        [sys.executable, "-c", "import qmoe_codec; print(qmoe_codec.kernels_name())"],
-        env={**os.environ, "QMOE_KERNELS": kernels},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    if name != kernels:
+def kernels_here() -> list[str]:
+    """The kernels that this processor knows."""
+
+    def name(kernels: str) -> str:
+        code = "import qmoe_codec; print(qmoe_codec.kernels_name())"
+        environment = {**os.environ, "QMOE_KERNELS": kernels}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    return [kernels for kernels in KERNELS if name(kernels) == kernels]
+
+
+@contextmanager
+def each_kernels(
+    command: list[str | Path], folder: Path, environment: dict[str, str]
+) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """The command run in a folder for all kernels at once, by their name."""
+    running = {
+        kernels: subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **environment, "QMOE_KERNELS": kernels},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for kernels in kernels_here()
+    }
+    try:
+        yield running
+    finally:
+        for process in running.values():
+            process.kill()
+            process.communicate()
+
+
+def output_of(running: dict[str, subprocess.Popen[str]], kernels: str) -> str:
+    """What the command said, if all went well."""
+    if kernels not in running:
         pytest.skip(f"this processor has no {kernels}")
+    text, _ = running[kernels].communicate(timeout=300)
+    assert running[kernels].returncode == 0, text[-6000:]
+    return text

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from qmoe_codec.core import library
-from sanitizers import KERNELS, ROOT, compiler, kernels_here, runtime
+from sanitizers import KERNELS, ROOT, compiler, each_kernels, output_of, runtime
 
 pytestmark = pytest.mark.slow
 
@@ -22,21 +23,7 @@ LEFT_OUT = (
 DICTIONARY = ROOT / "spec/vectors/valid/dictionary-trees-10.qmxd"
 
 
-def run(command: list[str | Path], **environment: str) -> str:
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
-
-
-def sanitized_python(address_build: Path, kernels: str) -> dict[str, str]:
+def sanitized_python(address_build: Path) -> dict[str, str]:
     """The environment in which Python runs with the sanitized core."""
     return {
         "LD_PRELOAD": str(runtime("libasan.so")),
@@ -44,18 +31,21 @@ def sanitized_python(address_build: Path, kernels: str) -> dict[str, str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
         "QMOE_LIBRARY": str(address_build / "libqmoe.so"),
-        "QMOE_KERNELS": kernels,
         "HYPOTHESIS_PROFILE": "short",
     }
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_the_codecs_tests_are_clean(address_build: Path, kernels: str) -> None:
-    kernels_here(kernels)
-    tests = ["tests/test_codec.py", "tests/test_vectors.py"]
+@pytest.fixture(scope="module")
+def codec_tests(address_build: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
     options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-k", LEFT_OUT]
-    environment = sanitized_python(address_build, kernels)
-    output = run([sys.executable, "-m", "pytest", *options, *tests], **environment)
+    command = [sys.executable, "-m", "pytest", *options, "tests/test_codec.py", "tests/test_vectors.py"]
+    with each_kernels(command, ROOT, sanitized_python(address_build)) as running:
+        yield running
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_codecs_tests_are_clean(codec_tests: dict[str, subprocess.Popen[str]], kernels: str) -> None:
+    output = output_of(codec_tests, kernels)
     assert " passed" in output and "skipped" not in output
 
 
@@ -68,22 +58,32 @@ def test_the_sanitizer_sees_what_it_should(address_build: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", read_beyond],
-        env={**os.environ, **sanitized_python(address_build, "portable")},
+        env={**os.environ, **sanitized_python(address_build)},
         capture_output=True,
         text=True,
     )
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def threads(
+    thread_build: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    command = [thread_build / "threads", DICTIONARY, "0"]
+    with each_kernels(command, tmp_path_factory.mktemp("threads"), {}) as running:
+        yield running
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_threads_do_not_race(thread_build: Path, kernels: str) -> None:
-    kernels_here(kernels)
-    output = run([thread_build / "threads", DICTIONARY, "0"], QMOE_KERNELS=kernels)
-    assert output == f"threads: no fault ({kernels} kernels)\n"
+def test_threads_do_not_race(threads: dict[str, subprocess.Popen[str]], kernels: str) -> None:
+    assert output_of(threads, kernels) == f"threads: no fault ({kernels} kernels)\n"
 
 
 def test_children_forked_from_busy_threads_can_multiply(tmp_path: Path) -> None:
     core = Path(library()._name)
-    command = [compiler(), "-std=c11", f"-I{ROOT / 'codec/include'}", "-o", tmp_path / "threads"]
-    run([*command, ROOT / "codec/fuzz/threads.c", core, f"-Wl,-rpath,{core.parent}", "-pthread"])
-    assert "no fault" in run([tmp_path / "threads", DICTIONARY, "50"])
+    built = [compiler(), "-std=c11", f"-I{ROOT / 'codec/include'}", "-o", tmp_path / "threads"]
+    linked = [ROOT / "codec/fuzz/threads.c", core, f"-Wl,-rpath,{core.parent}", "-pthread"]
+    for command in ([*built, *linked], [tmp_path / "threads", DICTIONARY, "50"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "no fault" in done.stdout
