@@ -25,6 +25,7 @@ from .config import ModelConfig
 from .families import TensorTable, find_layers
 from .nearest import LEVEL_RULES, squared_error, ternarize
 from .shapes import tensors_of
+from .ternary import TernaryMatrix
 
 METHODS = ("nearest",)
 DENSE_MODES = ("copy", "zstd")
@@ -83,26 +84,6 @@ class PackOptions:
     def thread_count(self) -> int:
         """Threads to use."""
         return self.threads or min(4, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class TernaryMatrix:
-    """A ternarized matrix, and what it cost.
-
-    Attributes
-    ----------
-    trits : ndarray
-        int8 [rows, columns].
-    levels : ndarray
-        float32 [rows, 2].
-    squared_error, squared_norm : float
-        Sums over the matrix: of (weight - ternary weight)^2 and of weight^2.
-    """
-
-    trits: npt.NDArray[np.int8]
-    levels: npt.NDArray[np.float32]
-    squared_error: float
-    squared_norm: float
 
 
 @dataclass(frozen=True)
