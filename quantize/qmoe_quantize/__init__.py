@@ -11,10 +11,10 @@ from .pipeline import (
     PackSummary,
     Ternarizer,
     TernaryExpert,
-    TernaryMatrix,
     pack,
 )
 from .plan import Plan, predict
+from .ternary import TernaryMatrix
 
 __all__ = [
     "FAMILIES",
