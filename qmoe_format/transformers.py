@@ -45,7 +45,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -188,7 +188,7 @@ class QMoEQuantizer(HfQuantizer):
         for prefix, layer in config.layers.items():
             if any(re.search(pattern, prefix + STORE) for pattern in ignored):
                 continue  # such as DeepSeek's layer for multi-token prediction, which the model does not have
-            name = _module_name(model, prefix, renamings)
+            name = module_name(model, prefix, renamings)
             with torch.device("meta"):
                 experts = _packed_experts(model.get_submodule(name), layer, config.layer_bytes[prefix])
             model.set_submodule(name, experts)
@@ -244,15 +244,15 @@ class _DecodeDense(ConversionOps):
         ((frame,),) = input_dict.values()
         name: str = kwargs["full_layer_name"]
         dtype, shape, data = decode_dense(memoryview(frame.numpy()))
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise UnsupportedModelError("torch has no such dtype", field=name, value=dtype)
-        tensor = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(_DTYPES[dtype]).reshape(shape)
+        tensor = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(DTYPES[dtype]).reshape(shape)
         if tensor.is_floating_point():
-            tensor = tensor.to(_wanted_dtype(kwargs["model"], name))
+            tensor = tensor.to(wanted_dtype(kwargs["model"], name))
         return {name: [tensor]}
 
 
-def _wanted_dtype(model: transformers.PreTrainedModel, name: str) -> torch.dtype:
+def wanted_dtype(model: transformers.PreTrainedModel, name: str) -> torch.dtype:
     """The dtype that transformers itself would cast the tensor `name` to."""
     dtype: torch.dtype = model.get_parameter_or_buffer(name).dtype
     plan = model._get_dtype_plan(dtype)
@@ -263,7 +263,7 @@ def _wanted_dtype(model: transformers.PreTrainedModel, name: str) -> torch.dtype
     return dtype
 
 
-def _module_name(model: transformers.PreTrainedModel, prefix: str, renamings: Iterable[Any]) -> str:
+def module_name(model: transformers.PreTrainedModel, prefix: str, renamings: Iterable[Any]) -> str:
     """Name of the module that the model has for the experts that are called `prefix` on disk."""
     renamed, _ = rename_source_key(prefix + STORE, list(renamings), [])
     name = renamed.removesuffix(STORE)
@@ -281,12 +281,27 @@ def _module_name(model: transformers.PreTrainedModel, prefix: str, renamings: It
 def _packed_experts(module: torch.nn.Module, layer: LayerSpec, sizes: tuple[int, int]) -> QMoEExperts:
     """The packed module that computes what `module` computes."""
     store_bytes, dictionaries_bytes = sizes
-    kind: type[QMoEExperts]
-    if type(module).__name__ == "SwitchTransformersExperts":
-        kind, activation = _QMoESwitchExperts, _switch_activation(module, layer)
-    else:
-        kind, activation = QMoEExperts, _gated_activation(module, layer)
+    kind = _QMoESwitchExperts if is_switch(module) else QMoEExperts
+    activation = experts_activation(module, layer)
     return kind(layer, activation, store_bytes=store_bytes, dictionaries_bytes=dictionaries_bytes)
+
+
+def is_switch(module: torch.nn.Module) -> bool:
+    """Whether `module` is called with a one-hot mask, as the experts of Switch Transformers are."""
+    return type(module).__name__ == "SwitchTransformersExperts"
+
+
+def experts_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Module:
+    """The activation of a model's own experts, after a check that they compute what `layer` says.
+
+    Raises
+    ------
+    UnsupportedModelError
+        They are experts of an unknown kind.
+    HeaderError
+        Their shapes are others.
+    """
+    return _switch_activation(module, layer) if is_switch(module) else _gated_activation(module, layer)
 
 
 def _gated_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Module:

@@ -36,7 +36,10 @@ RULES = {
     "qmoe_format.transformers": Rule(
         {*CONTAINER, "qmoe_format", "qmoe_format.torch", "torch", "transformers"}, {"qmoe_gpu_decode"}
     ),
-    "qmoe_quantize": Rule({*CONTAINER, "qmoe_format", "torch"}, {"h5py", "huggingface_hub"}),
+    "qmoe_quantize": Rule(
+        {*CONTAINER, "qmoe_format", "torch"},
+        {"datasets", "h5py", "huggingface_hub", "qmoe_format.transformers", "transformers"},
+    ),
     "qmoe_format.cli": Rule(
         {*CONTAINER, "qmoe_format", "tqdm"},
         {"qmoe_gpu_decode", "qmoe_quantize", "qmoe_format.torch", "qmoe_format.transformers", *HEAVY},
