@@ -34,7 +34,7 @@ class MatrixGroup:
         Tokens of the whole calibration run.
     row_weight : Tensor
         float32 [E, R]: how a squared error in an output of this projection arrives in the layer's output; one
-        for the last projection of an expert.
+        for the last projection of an expert. An expert that saw few tokens takes it from the prior's, too.
     """
 
     names: tuple[str, ...]
@@ -44,3 +44,16 @@ class MatrixGroup:
     tokens: torch.Tensor
     calibration_tokens: int
     row_weight: torch.Tensor
+
+    def select(self, experts: list[int]) -> MatrixGroup:
+        """The group of some of the experts, by their indices."""
+        shared = len(self.prior) == 1 and len(self.weight) > 1
+        return MatrixGroup(
+            names=tuple(self.names[expert] for expert in experts),
+            weight=self.weight[experts],
+            hessian=self.hessian[experts],
+            prior=self.prior if shared else self.prior[experts],
+            tokens=self.tokens[experts],
+            calibration_tokens=self.calibration_tokens,
+            row_weight=self.row_weight[experts],
+        )
