@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .common import ByteProgress, Command, add_output_arguments, count, print_json, require
+from .published import run_import
 from .text import size, table
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="checkpoint directory, .safetensors file with config.json beside it, or the name of a hub model",
+        help="checkpoint directory, .safetensors file with config.json beside it, name of a hub model, "
+        "or a directory as the authors of QMoE published theirs (noexp.pt, expNN.pt)",
     )
     parser.add_argument("out", metavar="OUT", nargs="?", help="directory to make; optional with --dry-run")
     parser.add_argument(
@@ -57,10 +59,24 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="experts to ternarize at once (default: one per core, at most 4)",
     )
+    parser.add_argument(
+        "--keep-codes",
+        action="store_true",
+        help="of a checkpoint published by the authors of QMoE, keep the 16-bit codewords as they are",
+    )
     add_output_arguments(parser)
+    parser.set_defaults(default_of=parser.get_default)
 
 
 def _run(options: argparse.Namespace) -> None:
+    from qmoe_quantize.published import is_published
+
+    if is_published(options.source):
+        run_import(options)
+        return
+    require(
+        not options.keep_codes, "not a published QMoE checkpoint", field="--keep-codes", expected="noexp.pt"
+    )
     require(
         options.dry_run or options.out is not None,
         "missing",

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from ..unpack import unpack
 from .common import ByteProgress, Command, add_output_arguments, print_json
+from .published import run_export
 from .text import size
 
 _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
@@ -19,12 +20,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=tuple(_DTYPES), help="of the experts (default: their original one)"
     )
     parser.add_argument(
+        "--format",
+        choices=("safetensors", "qmoe"),
+        default="safetensors",
+        help="an ordinary checkpoint, or the layout of the authors of QMoE, which stays packed "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="replace OUT if it is such a checkpoint of this model"
     )
     add_output_arguments(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.format == "qmoe":
+        run_export(options)
+        return
     with ByteProgress("unpacking", quiet=options.quiet) as progress:
         summary = unpack(
             options.source,

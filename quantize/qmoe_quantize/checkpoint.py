@@ -112,16 +112,7 @@ class SourceCheckpoint:
     @property
     def other_files(self) -> list[Path]:
         """Files to copy along: tokenizer, generation settings, licence."""
-        return sorted(
-            file
-            for file in self.directory.iterdir()
-            if file.is_file()
-            and is_plain_name(file.name)
-            and not file.name.startswith(".")
-            and not file.name.endswith(".index.json")
-            and file.name not in _REPLACED
-            and (file.suffix in _COPIED_SUFFIXES or file.name in _COPIED_NAMES)
-        )
+        return files_beside(self.directory)
 
     @property
     def nbytes(self) -> int:
@@ -220,6 +211,20 @@ def locate(source: str | os.PathLike[str], *, only_config: bool = False) -> Path
         return _download(str(source), only_config)
     raise CheckpointError(
         "not found", file=path, expected="a checkpoint directory, a .safetensors file or a hub name"
+    )
+
+
+def files_beside(directory: Path) -> list[Path]:
+    """What belongs to a checkpoint beside weights and configuration: tokenizer, licence and the like."""
+    return sorted(
+        file
+        for file in directory.iterdir()
+        if file.is_file()
+        and is_plain_name(file.name)
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+        and file.name not in _REPLACED
+        and (file.suffix in _COPIED_SUFFIXES or file.name in _COPIED_NAMES)
     )
 
 
