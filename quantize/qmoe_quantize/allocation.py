@@ -1,0 +1,159 @@
+"""One lambda for a whole model: from samples of its layers to the lambda that gives a wanted rate.
+
+Rows of a matrix are ternarized independently of each other, so a few rows of a few experts, against their
+full Hessians, tell how many bits the layer will take. Each layer gives a curve; the curves are added up and
+the sum is inverted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from qmoe_codec import DictionarySet, read_frame_header
+from qmoe_codec.errors import ArgumentError
+
+from qmoe_format.container import LayerSpec, round_up
+
+from .problem import MatrixGroup
+from .recipes import RecipeSettings, ternarize_group
+
+STEPS_PER_DECADE = 2
+DECADES = 6
+
+SAMPLE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """Bytes that one or more layers will take, by lambda.
+
+    Attributes
+    ----------
+    weights : int
+        Expert weights of the layers.
+    lams : ndarray
+        float64 [n], rising.
+    bytes : ndarray
+        float64 [n].
+    """
+
+    weights: int
+    lams: npt.NDArray[np.float64]
+    bytes: npt.NDArray[np.float64]
+
+    def at(self, lam: float) -> float:
+        """Bytes for a lambda: linear in its logarithm, constant beyond the ends."""
+        return float(np.interp(math.log(lam), np.log(self.lams), self.bytes))
+
+
+def sample_rows(group: MatrixGroup, rows: int, seed: int) -> MatrixGroup:
+    """A group with at most `rows` rows of each matrix, drawn by `seed`, each expert its own."""
+    count = group.weight.shape[1]
+    if count <= rows:
+        return group
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.stack(
+        [torch.randperm(count, generator=generator)[:rows].sort().values for _ in group.names]
+    ).to(group.weight.device)
+    columns = group.weight.shape[2]
+    return replace(
+        group,
+        weight=torch.gather(group.weight, 1, picked[..., None].expand(-1, -1, columns)),
+        row_weight=torch.gather(group.row_weight, 1, picked),
+    )
+
+
+def rate_curve(
+    layer: LayerSpec,
+    samples: Sequence[MatrixGroup],
+    settings: RecipeSettings,
+    level_format: str | None = None,
+) -> RateCurve:
+    """Ternarize the samples of a layer over a range of lambdas, and predict the layer's bytes for each.
+
+    Parameters
+    ----------
+    layer : LayerSpec
+    samples : sequence of MatrixGroup
+        One for each projection, in order: some of the layer's experts, of each some or all rows.
+    settings : RecipeSettings
+        All but ``lam``.
+
+    Returns
+    -------
+    RateCurve
+        Bytes as the codec writes them, with headers, dictionaries, index and alignment.
+    """
+    lams = _range(samples)
+    sizes = [_layer_bytes(layer, samples, replace(settings, lam=float(lam))) for lam in lams]
+    weights = layer.experts * sum(p.rows * p.columns for p in layer.projections)
+    # More lambda never takes more bits, up to noise.
+    falling = np.minimum.accumulate(np.array(sizes, np.float64))
+    return RateCurve(weights, lams, falling)
+
+
+def _range(samples: Sequence[MatrixGroup]) -> npt.NDArray[np.float64]:
+    """Lambdas that reach from next to no zeros to next to nothing else, in the unit of these samples."""
+    power, weights = 0.0, 0
+    for group in samples:
+        diagonal = torch.diagonal(group.hessian, dim1=1, dim2=2)[:, None]
+        row_power = (group.weight.square() * diagonal).sum(dim=-1)
+        power += float((group.row_weight * row_power).double().sum())
+        weights += group.weight.numel()
+    usual = power / weights  # squared error of dropping one weight
+    if not usual > 0:
+        usual = 1.0
+    return usual * 10.0 ** (np.arange(DECADES * STEPS_PER_DECADE + 1) / STEPS_PER_DECADE - DECADES + 1.5)
+
+
+def _layer_bytes(layer: LayerSpec, samples: Sequence[MatrixGroup], settings: RecipeSettings) -> float:
+    weights = layer.experts * sum(p.rows * p.columns for p in layer.projections)
+    dictionaries = DictionarySet(weights)
+    record = 0.0
+    for projection, group in zip(layer.projections, samples, strict=True):
+        for matrix in ternarize_group(group, settings):
+            frame = dictionaries.encode(matrix.trits, matrix.levels, settings.level_format)
+            sections = read_frame_header(frame).section_bytes
+            growing = sections["levels"] + sections["row_index"] + sections["codewords"]
+            scale = projection.rows / max(1, len(matrix.trits))
+            frame_bytes = round_up(round(sections["header"] + growing * scale) + 24, 16)
+            record += frame_bytes / len(group.names)
+    # Records begin at multiples of 256 bytes: half of that on average, once per expert.
+    return layer.experts * (record + 128 + 24) + len(dictionaries.to_bytes())
+
+
+def solve_lam(curves: Sequence[RateCurve], target_bits: float) -> float:
+    """The lambda at which all layers together take `target_bits` per expert weight.
+
+    Raises
+    ------
+    ArgumentError
+        No lambda gives so few or so many bits.
+    """
+    weights = sum(curve.weights for curve in curves)
+    lows, highs = [curve.lams[0] for curve in curves], [curve.lams[-1] for curve in curves]
+    low, high = float(min(lows)), float(max(highs))
+
+    def bits(lam: float) -> float:
+        return 8 * sum(curve.at(lam) for curve in curves) / weights
+
+    most, least = bits(low), bits(high)
+    if not least <= target_bits <= most:
+        raise ArgumentError(
+            "cannot be reached with this model",
+            field="target_bpw",
+            value=target_bits,
+            expected=f"{least:.3f} to {most:.3f} bits per weight",
+        )
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        if bits(middle) > target_bits:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(low * high)
