@@ -77,8 +77,8 @@ class TernaryFit:
     def levels(self, before: Tensor) -> Tensor:
         """The levels with the least squared error, [E, R, 2], low <= 0 <= high.
 
-        A row that has no weight of a sign keeps that level of `before`; so does one whose equations are
-        singular, or whose solution has the wrong sign.
+        A level that no weight has stays as in `before`. Where the equations are singular, or their solution
+        has a wrong sign, so do both.
         """
         a, b, c = self._low_low, self._low_high, self._high_high
         ridge = RIDGE * torch.maximum(a, c)
