@@ -19,6 +19,8 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from qmoe_codec.errors import (
     ArgumentError,
@@ -415,3 +417,93 @@ class PartialDirectory:
             os.rmdir(old)
         except (OSError, QMoEError) as error:
             _log.warning("%s: the replaced output could not be deleted: %s", old, error)
+
+
+class PartialFile:
+    """A file that is built as ``OUT.partial`` and becomes ``OUT`` in one step; a context manager.
+
+    Leaving the context before :meth:`commit` removes it. What a killed process leaves is in the way of the
+    next one, which says so.
+
+    Parameters
+    ----------
+    out : path
+        Where the result goes. A symbolic link is followed.
+    force : bool
+        Replace what is at `out`.
+    check_replaceable : callable
+        Called with an existing `out`, when `force` is set, at first and again before it is replaced; raises
+        an error unless it may be deleted.
+
+    Raises
+    ------
+    OutputExistsError
+        `out` exists and `force` is not set, or ``OUT.partial`` exists.
+    """
+
+    def __init__(
+        self, out: str | os.PathLike[str], *, force: bool, check_replaceable: Callable[[Path], None]
+    ) -> None:
+        self.out = Path(os.path.realpath(out))
+        self.path = self.out.with_name(self.out.name + ".partial")
+        self._force = force
+        self._check_replaceable = check_replaceable
+        self._check_out()
+        try:
+            os.close(create_file(self.path))
+        except QMoEError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                raise OutputExistsError(
+                    "in the way: of another writer, or left by one that was killed; then delete it",
+                    file=self.path,
+                ) from error
+            raise
+        self._unfinished = True
+
+    def _check_out(self) -> None:
+        if os.path.lexists(self.out):
+            if not self._force:
+                raise OutputExistsError("exists already", file=self.out, expected="a new name, or --force")
+            if not self.out.is_file():
+                raise OutputExistsError("will not be replaced: it is not a regular file", file=self.out)
+            try:
+                self._check_replaceable(self.out)
+            except QMoEError as error:
+                raise OutputExistsError(
+                    f"will not be replaced: not a file of this kind ({error.message})", file=self.out
+                ) from error
+
+    def commit(self) -> None:
+        """Flush the file to the disk and give it its name.
+
+        Raises
+        ------
+        OutputExistsError
+            `out` came to be, or changed, in the meantime.
+        """
+        with os_errors(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        self._check_out()
+        with os_errors(self.out):
+            try:
+                if self._force or not _renameat2(self.path, self.out, _RENAME_NOREPLACE):
+                    os.rename(self.path, self.out)
+            except FileExistsError as error:
+                raise OutputExistsError("came to be in the meantime", file=self.out) from error
+        self._unfinished = False
+        sync_directory(self.out.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._unfinished:
+            self._unfinished = False
+            with os_errors(self.path):
+                os.unlink(self.path)

@@ -175,6 +175,31 @@ def _parse_header(
     return tensors, metadata
 
 
+def parse_header(header: bytes, file_size: int, file: Path) -> dict[str, TensorInfo]:
+    """Tensors, in the order of their bytes, by the beginning of a file of `file_size` bytes.
+
+    Parameters
+    ----------
+    header : bytes
+        All bytes before the first tensor's.
+    file_size : int
+        Bytes of the file.
+    file : path
+        What to call it in messages.
+
+    Raises
+    ------
+    TruncatedError, HeaderError, SizeError
+        It is not what the format says.
+    """
+    size = struct.unpack_from("<Q", header)[0] if len(header) >= 8 else 0
+    if len(header) != 8 + size or size > HEADER_LIMIT:
+        raise HeaderError(
+            "not the size that it says", file=file, field="header size", value=size, expected=len(header) - 8
+        )
+    return _parse_header(header[8:], len(header), file_size, file)[0]
+
+
 class SafetensorsFile:
     """A safetensors file, mapped read-only, its header checked in full.
 
