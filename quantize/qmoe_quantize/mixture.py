@@ -1,0 +1,344 @@
+"""One layer of experts: their Hessians from the tokens that reach them, group by group, and their output.
+
+Inputs and outputs of the layer lie on the disk; tokens go by in chunks. So memory holds one group of experts,
+their Hessians and one chunk, however many tokens and experts there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from qmoe_codec.errors import ArgumentError, UnsupportedModelError
+from torch import Tensor, nn
+
+from qmoe_format.container import LayerSpec, Projection
+
+from .activations import Activations
+from .checkpoint import SourceCheckpoint
+from .problem import MatrixGroup
+from .streaming import Routing, StreamedModel
+
+PRIOR_TOKENS = 512
+"""Tokens of the layer, drawn at random, that stand in for those that an expert has not seen."""
+CHUNK_TOKENS = 4096
+FEW_TOKENS = 16
+"""How many tokens the sample counts for beside an expert's own, in means over its tokens."""
+
+
+@dataclass(frozen=True)
+class HessianOptions:
+    """How Hessians are gathered.
+
+    Attributes
+    ----------
+    experts_per_batch : int
+        Experts that are in memory at once.
+    max_tokens_per_expert : int, optional
+        An expert that more tokens reach is calibrated on so many of them, drawn at random, and the sum is
+        scaled up. All of them still go through the ternary expert to the next layer.
+    gate_weighting : bool
+        Whether a token counts with its squared router weight, as its error does in the output.
+    seed : int
+    """
+
+    experts_per_batch: int = 16
+    max_tokens_per_expert: int | None = None
+    gate_weighting: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("experts_per_batch", "max_tokens_per_expert"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError("illegal", field=name, value=value, expected="at least 1")
+
+
+class Visitor(Protocol):
+    """Sees the matrices of a layer, group by group."""
+
+    def wants(self, layer: LayerSpec, experts: range) -> list[int]:
+        """Those of a group of experts whose matrices it wants to see; perhaps none."""
+        ...
+
+    def visit(
+        self, layer: LayerSpec, projection: Projection, experts: list[int], group: MatrixGroup
+    ) -> Tensor:
+        """Take the matrices of some experts; gives the weights to go on with, float32 [E, R, C]."""
+        ...
+
+
+@dataclass
+class _Selection:
+    """The tokens of one expert, in rising order."""
+
+    tokens: Tensor  # int64 [n]
+    gates: Tensor  # float32 [n]
+    used: Tensor  # bool [n]: counted, and within the cap
+    scale: float  # tokens that count for each one that is used
+
+    def within(self, start: int, stop: int) -> slice:
+        first, last = torch.searchsorted(self.tokens, torch.tensor([start, stop])).tolist()
+        return slice(first, last)
+
+
+class LayerRun:
+    """One layer of experts and all that is known of its tokens.
+
+    Parameters
+    ----------
+    model : StreamedModel
+    checkpoint : SourceCheckpoint
+    layer : LayerSpec
+    options : HessianOptions
+    device : str
+    scratch : Activations
+        Gets the layer's inputs as ``x`` and its output as ``y``.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        checkpoint: SourceCheckpoint,
+        layer: LayerSpec,
+        options: HessianOptions,
+        device: str,
+        scratch: Activations,
+    ) -> None:
+        self.layer = layer
+        self._checkpoint = checkpoint
+        self._options = options
+        self._device = torch.device(device)
+        self._scratch = scratch
+        roles = {projection.role: projection for projection in layer.projections}
+        if roles.keys() not in ({"gate", "up", "down"}, {"up", "down"}):
+            raise UnsupportedModelError(
+                "experts of an unknown kind", field=layer.prefix, value=", ".join(sorted(roles))
+            )
+        self._gate, self._up, self._down = roles.get("gate"), roles["up"], roles["down"]
+        self._activation: nn.Module = model.activation(layer.prefix)
+        routing = model.record(layer.prefix, scratch)
+        self._stage = model.stage_of(layer.prefix)
+        self.calibration_tokens = model.calibration_tokens(layer.prefix)
+        self._selections = self._select(routing)
+        self._token_count = len(routing.index)
+        self._sample, self._sample_gate = self._draw_sample(routing)
+        scratch.make("y", (self._token_count, self._down.rows), torch.float32, zero=True)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens that each expert is calibrated on."""
+        return [int(selection.used.sum()) for selection in self._selections]
+
+    @property
+    def gate_weights(self) -> list[float]:
+        """Mean router weight of those tokens; 0 where there are none."""
+        return [float(s.gates[s.used].mean()) if s.used.any() else 0.0 for s in self._selections]
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self._options.seed << 40) + (self._stage << 24) + number)
+
+    def _select(self, routing: Routing) -> list[_Selection]:
+        choices = routing.index.shape[1]
+        experts = routing.index.flatten().long()
+        order = torch.argsort(experts, stable=True)
+        counts = torch.bincount(experts, minlength=self.layer.experts + 1)[: self.layer.experts]
+        selections = []
+        ends = counts.cumsum(0).tolist()
+        for expert, (end, count) in enumerate(zip(ends, counts.tolist(), strict=True)):
+            pairs = order[end - count : end]
+            tokens = pairs // choices
+            used = routing.counted[tokens].clone()
+            wanted, scale = int(used.sum()), 1.0
+            if (cap := self._options.max_tokens_per_expert) is not None and wanted > cap:
+                kept = torch.randperm(wanted, generator=self._generator(1 + expert))[:cap]
+                places = used.nonzero().flatten()[kept]
+                used[:] = False
+                used[places] = True
+                scale = wanted / cap
+            selections.append(_Selection(tokens, routing.weight.flatten()[pairs], used, scale))
+        return selections
+
+    def _draw_sample(self, routing: Routing) -> tuple[Tensor, float]:
+        """Inputs of some tokens [S, C], and the mean square of the weights that experts are given."""
+        counted = routing.counted.nonzero().flatten()
+        drawn = counted[torch.randperm(len(counted), generator=self._generator(0))[:PRIOR_TOKENS]]
+        drawn = drawn.sort().values
+        rows = [self._scratch.read("x", token, token + 1) for token in drawn.tolist()]
+        weights = routing.weight[routing.counted][routing.index[routing.counted] < self.layer.experts]
+        mean = float(weights.square().mean()) if len(weights) else 1.0
+        return torch.cat(rows).float().to(self._device), mean
+
+    # ---- groups ---------------------------------------------------------------------------------------
+
+    def groups(self, visitor: Visitor) -> Iterator[range]:
+        """Let `visitor` see all groups of experts, and sum up what they give; yields each group when done."""
+        size = self._options.experts_per_batch
+        for start in range(0, self.layer.experts, size):
+            experts = range(start, min(start + size, self.layer.experts))
+            self._run_group(experts, visitor)
+            yield experts
+
+    def _weights(self, projection: Projection, experts: range) -> Tensor:
+        """Matrices of some experts as float32 [E, R, C]."""
+        stacked = torch.empty(len(experts), projection.rows, projection.columns)
+        for place, expert in enumerate(experts):
+            stacked[place] = torch.from_numpy(self._checkpoint.weight(projection.tensor_name(expert)))
+        return stacked.to(self._device)
+
+    def _run_group(self, experts: range, visitor: Visitor) -> None:
+        gate = self._weights(self._gate, experts) if self._gate else None
+        up, down = self._weights(self._up, experts), self._weights(self._down, experts)
+        if wanted := visitor.wants(self.layer, experts):
+            inside = [expert - experts.start for expert in wanted]
+            seen = self._see(
+                wanted, visitor, gate[inside] if gate is not None else None, up[inside], down[inside]
+            )
+            if gate is not None and seen[0] is not None:
+                gate[inside] = seen[0]
+            up[inside], down[inside] = seen[1], seen[2]
+        self._put_output(experts, gate, up, down)
+
+    def _see(
+        self, experts: list[int], visitor: Visitor, gate: Tensor | None, up: Tensor, down: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Show the matrices of some experts; gives those to go on with."""
+        hessian, gates, row_weights = self._input_statistics(experts, gate, up, down)
+        prior = (self._sample.T @ self._sample / max(1, len(self._sample)))[None] * gates[:, None, None]
+        if self._gate and gate is not None:
+            group = self._problem(self._gate, experts, gate, hessian, prior, row_weights[0])
+            gate = visitor.visit(self.layer, self._gate, experts, group)
+        group = self._problem(self._up, experts, up, hessian, prior, row_weights[1])
+        up = visitor.visit(self.layer, self._up, experts, group)
+        del group, hessian, prior
+        hessian, prior = self._hidden_statistics(experts, gate, up, gates)
+        ones = torch.ones(len(experts), self._down.rows, device=self._device)
+        group = self._problem(self._down, experts, down, hessian, prior, ones)
+        return gate, up, visitor.visit(self.layer, self._down, experts, group)
+
+    def _problem(
+        self,
+        projection: Projection,
+        experts: list[int],
+        weight: Tensor,
+        hessian: Tensor,
+        prior: Tensor,
+        row_weight: Tensor,
+    ) -> MatrixGroup:
+        return MatrixGroup(
+            names=tuple(projection.tensor_name(expert) for expert in experts),
+            weight=weight,
+            hessian=hessian,
+            prior=prior,
+            tokens=torch.tensor([int(self._selections[expert].used.sum()) for expert in experts]),
+            calibration_tokens=self.calibration_tokens,
+            row_weight=row_weight,
+        )
+
+    def _chunks(
+        self, experts: Sequence[int], *, used: bool
+    ) -> Iterator[tuple[int, int, list[tuple[int, Tensor, Tensor]], Tensor]]:
+        """Chunks with tokens of some experts: start, stop, (place, rows in the chunk, gates) of each, x."""
+        for start in range(0, self._token_count, CHUNK_TOKENS):
+            stop = min(start + CHUNK_TOKENS, self._token_count)
+            parts = []
+            for place, expert in enumerate(experts):
+                selection = self._selections[expert]
+                inside = selection.within(start, stop)
+                tokens, gates = selection.tokens[inside] - start, selection.gates[inside]
+                if used:
+                    kept = selection.used[inside]
+                    tokens, gates = tokens[kept], gates[kept]
+                if len(tokens):
+                    parts.append((place, tokens.to(self._device), gates.to(self._device)))
+            if parts:
+                yield start, stop, parts, self._scratch.read("x", start, stop).to(self._device).float()
+
+    def _factors(self, gates: Tensor) -> Tensor:
+        """What each token is multiplied with in a Hessian."""
+        return gates if self._options.gate_weighting else torch.ones_like(gates)
+
+    def _hidden(self, gate: Tensor | None, up: Tensor, x: Tensor) -> Tensor:
+        """What the last projection of an expert multiplies with: [tokens, R]."""
+        if gate is None:
+            values: Tensor = self._activation(x @ up.T)
+            return values
+        values = self._activation(x @ gate.T) * (x @ up.T)
+        return values
+
+    def _slopes(self, gate: Tensor | None, up: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared derivatives of :meth:`_hidden` by the outputs of gate and up: [tokens, R] each."""
+        with torch.enable_grad():
+            inner = (x @ (up if gate is None else gate).T).requires_grad_()
+            value = self._activation(inner)
+            (slope,) = torch.autograd.grad(value.sum(), inner)
+        if gate is None:
+            return torch.zeros_like(slope), slope.square()
+        return (slope * (x @ up.T)).square(), value.detach().square()
+
+    def _input_statistics(
+        self, experts: list[int], gate: Tensor | None, up: Tensor, down: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Hessians of the inputs, mean squared gates [E], and row weights of gate and up [E, R]."""
+        columns, rows = self._up.columns, self._up.rows
+        hessian = torch.zeros(len(experts), columns, columns, device=self._device)
+        slopes = torch.zeros(2, len(experts), rows, device=self._device)
+        weight_sums = torch.zeros(len(experts), device=self._device)
+        counts = torch.zeros(len(experts), device=self._device)
+        for _, _, parts, x in self._chunks(experts, used=True):
+            for place, tokens, gates in parts:
+                factors = self._factors(gates)
+                inputs = x[tokens]
+                weighted = inputs * factors[:, None]
+                hessian[place] += weighted.T @ weighted
+                of_gate, of_up = self._slopes(_one(gate, place), up[place], inputs)
+                squares = factors.square()
+                slopes[0, place] += squares @ of_gate
+                slopes[1, place] += squares @ of_up
+                weight_sums[place] += squares.sum()
+                counts[place] += len(tokens)
+        for place, expert in enumerate(experts):
+            hessian[place] *= self._selections[expert].scale / self.calibration_tokens
+        usual = self._sample_gate if self._options.gate_weighting else 1.0
+        gates = (weight_sums + FEW_TOKENS * usual) / (counts + FEW_TOKENS)
+        for place in range(len(experts)):
+            of_gate, of_up = self._slopes(_one(gate, place), up[place], self._sample)
+            share = FEW_TOKENS * usual
+            slopes[0, place] += share * of_gate.mean(dim=0)
+            slopes[1, place] += share * of_up.mean(dim=0)
+        arrives = down.square().sum(dim=1)
+        means = slopes * arrives / (weight_sums + FEW_TOKENS * usual)[:, None]
+        return hessian, gates, (means[0], means[1])
+
+    def _hidden_statistics(
+        self, experts: list[int], gate: Tensor | None, up: Tensor, gates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hessians and priors of what the last projections multiply with."""
+        rows = self._up.rows
+        hessian = torch.zeros(len(experts), rows, rows, device=self._device)
+        for _, _, parts, x in self._chunks(experts, used=True):
+            for place, tokens, weights in parts:
+                hidden = self._hidden(_one(gate, place), up[place], x[tokens])
+                hidden = hidden * self._factors(weights)[:, None]
+                hessian[place] += hidden.T @ hidden
+        prior = torch.empty_like(hessian)
+        for place, expert in enumerate(experts):
+            hessian[place] *= self._selections[expert].scale / self.calibration_tokens
+            hidden = self._hidden(_one(gate, place), up[place], self._sample)
+            prior[place] = hidden.T @ hidden * (gates[place] / max(1, len(self._sample)))
+        return hessian, prior
+
+    def _put_output(self, experts: range, gate: Tensor | None, up: Tensor, down: Tensor) -> None:
+        """Add what a group gives to the layer's output."""
+        for start, stop, parts, x in self._chunks(experts, used=False):
+            y = self._scratch.read("y", start, stop).to(self._device)
+            for place, tokens, gates in parts:
+                hidden = self._hidden(_one(gate, place), up[place], x[tokens])
+                y.index_add_(0, tokens, (hidden @ down[place].T) * gates[:, None])
+            self._scratch.write("y", start, y)
+
+
+def _one(stacked: Tensor | None, place: int) -> Tensor | None:
+    return None if stacked is None else stacked[place]
