@@ -1,6 +1,9 @@
-"""What tests share: the hypothesis profiles, and builds of the C core with sanitizers."""
+"""What tests share: hypothesis profiles, builds of the C core with sanitizers, an installed C library."""
 
 import os
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,23 @@ def thread_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the thread sanitizer."""
     sanitizers.runtime("libtsan.so")
     return sanitizers.build("thread", tmp_path_factory.mktemp("thread"))
+
+
+@pytest.fixture(scope="session")
+def installed_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ``cmake --install`` put the C library, its header and its CMake package."""
+    sanitizers.compiler()
+    folder = tmp_path_factory.mktemp("library")
+    scripts = sysconfig.get_path("scripts")
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    configure = ["cmake", "-S", sanitizers.ROOT / "codec", "-B", folder / "build", "-DQMOE_WERROR=ON"]
+    if shutil.which("ninja", path=environment["PATH"]):
+        configure += ["-G", "Ninja"]
+    for command in (
+        [*configure, "-DCMAKE_INSTALL_LIBDIR=lib"],
+        ["cmake", "--build", folder / "build", "--parallel"],
+        ["cmake", "--install", folder / "build", "--prefix", folder / "prefix"],
+    ):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "prefix"

@@ -14,8 +14,27 @@ qmoe_status qmoe_fail(qmoe_error *error, qmoe_status status, const char *field, 
         error->value = value;
         snprintf(error->field, sizeof error->field, "%s", field);
         snprintf(error->expected, sizeof error->expected, "%s", expected);
+        error->place[0] = 0;
     }
     return status;
+}
+
+const char *qmoe_status_name(qmoe_status status) {
+    static const char *const names[] = {"ok",   "truncated",  "magic", "version", "checksum", "header", "size",
+                                        "dictionary", "index", "payload", "argument", "memory", "system"};
+    return (size_t)status < sizeof names / sizeof *names ? names[status] : "unknown";
+}
+
+char *qmoe_error_message(const qmoe_error *error, char *message, size_t size) {
+    const char *gap = error->place[0] ? ": " : "";
+    if (error->status == QMOE_SYSTEM) { /* `expected` is then what the system says */
+        snprintf(message, size, "%s%s%s: %s (error %lld)", error->place, gap, error->field, error->expected,
+                 (long long)error->value);
+    } else {
+        snprintf(message, size, "%s%s%s: %s (found %lld, expected %s)", error->place, gap, error->field,
+                 qmoe_status_name(error->status), (long long)error->value, error->expected);
+    }
+    return message;
 }
 
 static float float_from_bits(uint32_t bits) {

@@ -25,8 +25,7 @@ void qmoe_frame_geometry(frame_layout *layout) {
     layout->frame_size = round_up(layout->codewords_end + (raw ? 0 : 8), 16);
 }
 
-/* The header, in the order of checks of spec 4. */
-static qmoe_status read_header(const uint8_t *frame, size_t size, frame_layout *layout, qmoe_error *error) {
+qmoe_status qmoe_frame_header(const uint8_t *frame, uint64_t size, frame_layout *layout, qmoe_error *error) {
     if (size < FRAME_HEADER_SIZE) {
         return qmoe_fail(error, QMOE_TRUNCATED, "frame", (int64_t)size, "at least 64 bytes");
     }
@@ -104,6 +103,15 @@ static qmoe_status read_header(const uint8_t *frame, size_t size, frame_layout *
         if (!legal) {
             return qmoe_fail(error, QMOE_HEADER, "dictionary_ids", identity, "distinct ids, then 0");
         }
+    }
+    return QMOE_OK;
+}
+
+/* The header, and that the frame is as long as it says. */
+static qmoe_status read_header(const uint8_t *frame, size_t size, frame_layout *layout, qmoe_error *error) {
+    qmoe_status status = qmoe_frame_header(frame, size, layout, error);
+    if (status != QMOE_OK) {
+        return status;
     }
     if (size < layout->frame_size) {
         return qmoe_fail(error, QMOE_TRUNCATED, "frame", (int64_t)size, "64 + body_size bytes");

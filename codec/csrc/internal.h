@@ -1,4 +1,7 @@
-/* What the parts of the library share. Layering: common, crc32c, kernels < dictionary, phrases < frame < decode, encode < matmul. */
+/*
+ * What the parts of the library share. Layering: common, crc32c, kernels < dictionary, phrases < frame < decode,
+ * encode < matmul; file, json < safetensors < container < model, which asks frame and dictionary.
+ */
 #ifndef QMOE_INTERNAL_H
 #define QMOE_INTERNAL_H
 
@@ -114,6 +117,9 @@ typedef struct {
     uint32_t selector_bits;
     uint64_t row_index_start, counts_start, selectors_start, row_index_end, codewords_start, codewords_end, frame_size;
 } frame_layout;
+
+/* Read the header at `frame`, of which `size` bytes are there, in the order of checks of spec 4, without the rest. */
+qmoe_status qmoe_frame_header(const uint8_t *frame, uint64_t size, frame_layout *layout, qmoe_error *error);
 
 /* Compute what follows from the header's fields: everything from selector_bits on. */
 void qmoe_frame_geometry(frame_layout *layout);

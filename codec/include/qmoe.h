@@ -1,9 +1,22 @@
 /*
- * libqmoe: dictionary-coded ternary matrices, format 1.0 (spec/qmoe-format-v1.md).
+ * libqmoe: dictionary-coded ternary matrices and models packed with them, format 1.0 (spec/qmoe-format-v1.md).
  *
- * Every function that can fail returns a status and, where `error` is not NULL, says what was wrong.
- * Nothing is global: objects may be used from any number of threads at once as long as none closes them.
- * The library never trusts the bytes it reads: whatever a frame holds, it reads and writes within bounds.
+ *     qmoe_model *model;
+ *     qmoe_expert *expert;
+ *     qmoe_error error;
+ *     if (qmoe_model_open("packed", 0, 0, &model, &error) != QMOE_OK ||
+ *         qmoe_expert_open(model, layer, number, 0, &expert, &error) != QMOE_OK ||
+ *         qmoe_matrix_matmul(qmoe_expert_matrix(expert, 0), x, QMOE_FLOAT32, tokens, y, threads, &error) != QMOE_OK) {
+ *         char message[QMOE_MESSAGE_SIZE];
+ *         fprintf(stderr, "%s\n", qmoe_error_message(&error, message, sizeof message));
+ *     }
+ *
+ * Every function that can fail returns a status and, where `error` is not NULL, says what was wrong; it then sets
+ * none of its results. Nothing is global: objects may be used from any number of threads at once as long as none
+ * closes them. The library never trusts the bytes it reads: whatever a file holds, it reads and writes within bounds.
+ *
+ * On Linux the symbols have the version QMOE_1.0. Functions may be added, under a newer version; none of these
+ * changes its meaning, and no structure its layout, within libqmoe.so.1.
  */
 #ifndef QMOE_H
 #define QMOE_H
@@ -21,7 +34,7 @@ extern "C" {
 #define QMOE_API __attribute__((visibility("default")))
 #endif
 
-/* Kinds of fault: those of spec 1.1, and three of the caller's own. */
+/* Kinds of fault: those of spec 1.1; an argument that cannot be meant; no memory; what the system refused. */
 typedef enum qmoe_status {
     QMOE_OK = 0,
     QMOE_TRUNCATED = 1,
@@ -34,16 +47,28 @@ typedef enum qmoe_status {
     QMOE_INDEX = 8,
     QMOE_PAYLOAD = 9,
     QMOE_ARGUMENT = 10,
-    QMOE_MEMORY = 11
+    QMOE_MEMORY = 11,
+    QMOE_SYSTEM = 12
 } qmoe_status;
 
-/* What was wrong: the field by the spec's name, what it held and what was expected. */
+/*
+ * What was wrong: the field by the spec's name, what it held (its number, where it is one; for QMOE_SYSTEM errno) and
+ * what was expected; and the place: file, layer, expert, projection as far as they are known, or "".
+ */
 typedef struct qmoe_error {
     qmoe_status status;
     int64_t value;
     char field[24];
     char expected[72];
+    char place[256];
 } qmoe_error;
+
+/* Write "PLACE: FIELD: STATUS (found VALUE, expected EXPECTED)", one line, to `message`, cut to its size; returns it. */
+#define QMOE_MESSAGE_SIZE 512
+QMOE_API char *qmoe_error_message(const qmoe_error *error, char *message, size_t size);
+
+/* The spec's word for a status, such as "truncated". */
+QMOE_API const char *qmoe_status_name(qmoe_status status);
 
 typedef enum qmoe_dtype { QMOE_FLOAT32 = 0, QMOE_BFLOAT16 = 1, QMOE_FLOAT16 = 2 } qmoe_dtype;
 
@@ -122,6 +147,111 @@ QMOE_API qmoe_status qmoe_matrix_matmul(const qmoe_matrix *matrix, const void *x
 QMOE_API qmoe_status qmoe_grouped_matmul(const qmoe_matrix *const *matrices, const uint64_t *group_ends,
                                          size_t group_count, const void *x, qmoe_dtype dtype, float *y,
                                          unsigned threads, qmoe_error *error);
+
+/* ---- packed models ---- */
+
+/*
+ * A packed model (spec 6), or one shard of it. It is not changed by anything but qmoe_model_close; so threads may share
+ * it without locks. All pointers that it gives stay valid until it is closed.
+ */
+typedef struct qmoe_model qmoe_model;
+
+/* The matrices of one expert. */
+typedef struct qmoe_expert qmoe_expert;
+
+/* Do not map the files: read each record into memory when its expert is opened. */
+#define QMOE_READ 2u
+
+/*
+ * Open the directory of a packed model, or a single shard (a .safetensors file). Checked at once are the manifest, the
+ * sizes of all files, config.json and the index, the headers of all shards to the last byte (no key twice, no overlap,
+ * hole or rest), the layers' tensors and indices, and the dictionaries. Frames are checked when an expert is opened;
+ * the SHA-256 of the manifest are left to qmoe-verify. A shard alone has no names for its projections: `name`, `role`,
+ * `tensor` and the layer's `dtype` are "", and their shapes are those of the layer's first expert.
+ *
+ * options: 0, or QMOE_READ.
+ * memory_limit: most bytes for headers, indices and dictionaries with their tables, mapped files not counted;
+ *     QMOE_MEMORY if more are needed. 0 for no limit.
+ *
+ * Files are mapped read-only. Whoever changes one of them meanwhile makes results wrong, but nothing is read or
+ * written out of bounds. Whoever SHORTENS a mapped file, though, has the system end the process with SIGBUS as soon
+ * as the part that is gone is touched; where files are not to be trusted so far, use QMOE_READ, with which that is
+ * QMOE_TRUNCATED. (qmoe-pack never writes into a finished model: it renames a new directory over it.)
+ *
+ * Beyond the spec, a name with a zero byte in it is refused (QMOE_HEADER), and so is JSON nested more than 128 deep.
+ */
+QMOE_API qmoe_status qmoe_model_open(const char *path, unsigned options, uint64_t memory_limit, qmoe_model **model,
+                                     qmoe_error *error);
+/* Close all experts before. */
+QMOE_API void qmoe_model_close(qmoe_model *model);
+
+/* One MoE layer. */
+typedef struct qmoe_layer_info {
+    const char *prefix;       /* name of its experts in the original checkpoint */
+    const char *dtype;        /* their dtype there, as safetensors calls it */
+    uint32_t experts;         /* at least 1 */
+    uint32_t projections;     /* 1 to 3 */
+    uint64_t store_size;      /* bytes of all records */
+    uint64_t largest_record;  /* bytes */
+} qmoe_layer_info;
+
+/* One matrix of each expert of a layer, in the order of the frames in a record (spec 6.3). */
+typedef struct qmoe_projection_info {
+    const char *name;   /* such as "gate_proj" */
+    const char *role;   /* "gate", "up" or "down": y = down(act(gate(x)) * up(x)), or down(act(up(x))) */
+    const char *tensor; /* name in the original checkpoint, with {expert} for the number */
+    uint32_t rows, columns;
+} qmoe_projection_info;
+
+/* Where an expert's record lies. */
+typedef struct qmoe_record_info {
+    uint64_t offset, size; /* in the layer's store */
+    int64_t tokens;        /* seen in calibration, or -1 */
+} qmoe_record_info;
+
+/* Layers are numbered from 0, in the order of their prefixes, with layer 10 after layer 2. */
+QMOE_API size_t qmoe_model_layer_count(const qmoe_model *model);
+QMOE_API qmoe_status qmoe_model_layer(const qmoe_model *model, size_t layer, qmoe_layer_info *info, qmoe_error *error);
+QMOE_API qmoe_status qmoe_model_find_layer(const qmoe_model *model, const char *prefix, size_t *layer,
+                                           qmoe_error *error);
+QMOE_API qmoe_status qmoe_model_projection(const qmoe_model *model, size_t layer, uint32_t projection,
+                                           qmoe_projection_info *info, qmoe_error *error);
+QMOE_API qmoe_status qmoe_model_record(const qmoe_model *model, size_t layer, uint32_t expert, qmoe_record_info *info,
+                                       qmoe_error *error);
+
+/*
+ * Open an expert: its record as it lies in the map (or read, with QMOE_READ), its frames checked against the layer, and
+ * every matrix ready to multiply with. `options`: 0, or QMOE_SKIP_BODY for records that were checked before.
+ */
+QMOE_API qmoe_status qmoe_expert_open(const qmoe_model *model, size_t layer, uint32_t expert, unsigned options,
+                                      qmoe_expert **result, qmoe_error *error);
+QMOE_API void qmoe_expert_close(qmoe_expert *expert);
+
+/* The matrix of a projection, by its number; NULL if there is none. It belongs to the expert. */
+QMOE_API const qmoe_matrix *qmoe_expert_matrix(const qmoe_expert *expert, uint32_t projection);
+
+/* The record: the frames, one after the other. `size` may be NULL. */
+QMOE_API const uint8_t *qmoe_expert_record(const qmoe_expert *expert, uint64_t *size);
+
+/* A tensor as it is stored; one that was compressed has the ending ".qmoe_zstd" and holds a dense frame (spec 5). */
+typedef struct qmoe_tensor_info {
+    const char *name;
+    const char *dtype; /* as safetensors calls it */
+    const char *shard; /* name of the file */
+    const uint64_t *shape;
+    uint32_t dimensions;
+    uint64_t offset, size; /* bytes, from the start of the file */
+} qmoe_tensor_info;
+
+/* All tensors of all shards, in the order of their names. */
+QMOE_API size_t qmoe_model_tensor_count(const qmoe_model *model);
+QMOE_API qmoe_status qmoe_model_tensor(const qmoe_model *model, size_t tensor, qmoe_tensor_info *info,
+                                       qmoe_error *error);
+QMOE_API qmoe_status qmoe_model_find_tensor(const qmoe_model *model, const char *name, size_t *tensor,
+                                            qmoe_error *error);
+/* Copy `size` bytes of a tensor, from byte `offset` of it on. */
+QMOE_API qmoe_status qmoe_model_read_tensor(const qmoe_model *model, size_t tensor, uint64_t offset, void *buffer,
+                                            size_t size, qmoe_error *error);
 
 /* ---- encoding ---- */
 

@@ -46,7 +46,13 @@ _STATUS_MEMORY = 11
 class Error(ctypes.Structure):
     """``qmoe_error``."""
 
-    _fields_ = (("status", c_int), ("value", c_int64), ("field", c_char * 24), ("expected", c_char * 72))
+    _fields_ = (
+        ("status", c_int),
+        ("value", c_int64),
+        ("field", c_char * 24),
+        ("expected", c_char * 72),
+        ("place", c_char * 256),
+    )
 
     def raise_for(self, status: int) -> None:
         """Raise the error class that belongs to `status`, unless it is 0."""
