@@ -17,7 +17,7 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -271,6 +271,9 @@ class PartialDirectory:
     check_replaceable : callable
         Called with an existing `out`, when `force` is set, before anything is written and again before it is
         replaced; raises :class:`OutputExistsError` unless every file in it may be deleted.
+    take_over : callable, optional
+        Called with what an interrupted run left in ``OUT.partial``, before anything of it is touched: the
+        directory and its names. Returns those to keep, or raises; by default nothing is kept.
 
     Raises
     ------
@@ -282,7 +285,12 @@ class PartialDirectory:
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], *, force: bool, check_replaceable: Callable[[Path], None]
+        self,
+        out: str | os.PathLike[str],
+        *,
+        force: bool,
+        check_replaceable: Callable[[Path], None],
+        take_over: Callable[[Path, list[str]], Collection[str]] | None = None,
     ) -> None:
         self.out = Path(os.path.realpath(out))
         if not self.out.name:
@@ -290,6 +298,7 @@ class PartialDirectory:
         self.path = self.out.with_name(self.out.name + ".partial")
         self._force = force
         self._check_replaceable = check_replaceable
+        self._take_over = take_over
         self._state = "open"
         self._check_out()
         self._lock = self._acquire()
@@ -328,16 +337,19 @@ class PartialDirectory:
             if not mine:
                 raise OutputExistsError("another writer is at work on this output", file=self.path)
             if names:
-                _log.warning("%s: discarding what an interrupted run left", self.path)
-                self._clear()
+                kept = self._take_over(self.path, names) if self._take_over else ()
+                if not kept:
+                    _log.warning("%s: discarding what an interrupted run left", self.path)
+                self.clear(keep=kept)
         except BaseException:
             os.close(lock)
             raise
         return lock
 
-    def _clear(self) -> None:
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Delete what is in the partial directory, but for some names."""
         for name in flat_names(self.path):
-            if name != MARKER:
+            if name != MARKER and name not in keep:
                 with os_errors(self.path / name):
                     os.unlink(self.path / name)
 
@@ -346,12 +358,18 @@ class PartialDirectory:
         if self._state == "open":
             self._state = "closed"
             try:
-                self._clear()
+                self.clear()
                 with os_errors(self.path):
                     os.unlink(self.path / MARKER)
                     os.rmdir(self.path)
             finally:
                 os.close(self._lock)
+
+    def leave(self) -> None:
+        """Leave the partial directory as it is, for another run to take over, unless it is finished."""
+        if self._state == "open":
+            self._state = "closed"
+            os.close(self._lock)
 
     def commit(self) -> None:
         """Move the finished directory to ``OUT``; its files must be flushed to the disk already.
@@ -442,7 +460,12 @@ class PartialFile:
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], *, force: bool, check_replaceable: Callable[[Path], None]
+        self,
+        out: str | os.PathLike[str],
+        *,
+        force: bool,
+        check_replaceable: Callable[[Path], None],
+        take_over: Callable[[Path, list[str]], Collection[str]] | None = None,
     ) -> None:
         self.out = Path(os.path.realpath(out))
         self.path = self.out.with_name(self.out.name + ".partial")

@@ -15,6 +15,7 @@ from qmoe_codec import parse_dictionaries, read_frame_header
 from qmoe_codec.errors import (
     ArgumentError,
     CheckpointError,
+    ChecksumError,
     FormatError,
     MissingDictionaryError,
     OutputExistsError,
@@ -39,6 +40,7 @@ from .container import (
 )
 from .dense import can_encode, encode_dense
 from .files import (
+    MARKER,
     PartialDirectory,
     copy_file,
     flat_bytes,
@@ -50,6 +52,7 @@ from .files import (
     write_file,
 )
 from .reader import open_model
+from .resume import Resume
 from .safetensors_io import DTYPE_BITS, FileRecord, SafetensorsWriter, header_entry_bytes, tensor_bytes
 
 # Room for the header of the first dense shard, some forty tensors; doubled for each shard whose header got
@@ -70,14 +73,20 @@ class Dictionaries(Protocol):
 class _Shard:
     """A shard being written or written; its final name is known at the end."""
 
-    writer: SafetensorsWriter
+    path: Path
+    writer: SafetensorsWriter | None
     tensors: list[str] = field(default_factory=list)
     tensor_bytes: int = 0
     record: FileRecord | None = None
 
+    @property
+    def open_writer(self) -> SafetensorsWriter:
+        assert self.writer is not None
+        return self.writer
+
     def close(self) -> None:
         if self.record is None:
-            self.record = self.writer.close()
+            self.record = self.open_writer.close()
 
 
 def _json(value: object) -> bytes:
@@ -128,6 +137,9 @@ class PackedModelWriter:
         Replace `out` if it is a packed model.
     max_shard_bytes : int
         A dense shard that would grow beyond is followed by another. A layer of experts is one shard always.
+    resume : Resume, optional
+        Keep ``OUT.partial`` once a layer is finished, and take over the finished layers of an interrupted
+        run: they are added already.
 
     Raises
     ------
@@ -138,7 +150,12 @@ class PackedModelWriter:
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], *, force: bool = False, max_shard_bytes: int = 5_000_000_000
+        self,
+        out: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        max_shard_bytes: int = 5_000_000_000,
+        resume: Resume | None = None,
     ) -> None:
         self._max_shard_bytes = max_shard_bytes
         self._shards: list[_Shard] = []
@@ -149,7 +166,76 @@ class PackedModelWriter:
         self._dense_zstd: dict[str, int] = {}
         self._files: list[str] = []
         self._finished = False
-        self._directory = PartialDirectory(out, force=force, check_replaceable=check_replaceable)
+        self._resume = resume
+        # Without finished layers of its own to keep, a run may still find those of another one.
+        found = resume or Resume({}, go_on=False, discard=force)
+        self._directory = PartialDirectory(
+            out, force=force, check_replaceable=check_replaceable, take_over=found.take_over
+        )
+        if resume is not None:
+            try:
+                self._restore(resume)
+            except BaseException:
+                self._directory.leave()
+                raise
+
+    @property
+    def folder(self) -> Path:
+        """The directory that is being made. Other files in it are deleted when it is finished."""
+        return self._directory.path
+
+    # ---- going on from an interrupted run ---------------------------------------------------------------
+
+    def keep_layer(self, working: Mapping[str, object], files: Sequence[str]) -> None:
+        """Make the layer that was added last one that another run can go on from.
+
+        Parameters
+        ----------
+        working : mapping
+            JSON values that such a run finds in :attr:`Resume.layers` under ``working``.
+        files : sequence of str
+            Names of other files in :attr:`folder` that it needs, on the disk already.
+        """
+        assert self._resume is not None
+        shard, prefix = self._shards[-1], next(reversed(self._layers))
+        assert shard.record is not None
+        sync_directory(self.folder)
+        state = {
+            "prefix": prefix,
+            "entry": self._layers[prefix],
+            "tensors": shard.tensors,
+            "tensor_bytes": shard.tensor_bytes,
+            "nbytes": shard.record.nbytes,
+            "sha256": shard.record.sha256,
+            "files": list(files),
+            "working": dict(working),
+        }
+        self._resume.save(self.folder, state)
+
+    def _restore(self, resume: Resume) -> None:
+        for number, state in enumerate(resume.layers, 1):
+            shard = _Shard(self._shard_path(number), None, state["tensors"], state["tensor_bytes"])
+            # The run may have been stopped while it gave the shards their final names.
+            for renamed in self.folder.glob(f"model-{number:05d}-of-*.safetensors"):
+                with os_errors(renamed):
+                    os.rename(renamed, shard.path)
+            shard.record = _record_of(shard.path)
+            if (shard.record.nbytes, shard.record.sha256) != (state["nbytes"], state["sha256"]):
+                raise ChecksumError(
+                    "not what the interrupted run wrote",
+                    file=shard.path,
+                    value=f"{shard.record.nbytes} bytes",
+                    expected=f"{state['nbytes']} bytes and their SHA-256; --force to begin anew",
+                )
+            self._claim(*shard.tensors)
+            self._shards.append(shard)
+            self._layers[state["prefix"]] = state["entry"]
+        last = len(resume.layers)
+        names = flat_names(self.folder)
+        kept = {self._shard_path(number).name for number in range(1, last + 1)}
+        kept.update(name for name in names if not name.startswith(("shard-", "model-")))
+        self._directory.clear(keep=kept)
+        resume.begin(self.folder)
 
     # ---- content ----------------------------------------------------------------------------------------
 
@@ -204,7 +290,7 @@ class PackedModelWriter:
             8 + header_entry_bytes("__metadata__", 1) + sum(header_entry_bytes(name, 2) for name in names)
         )
         shard = self._new_shard(round_up(header, RECORD_ALIGNMENT))
-        writer = shard.writer
+        writer = shard.open_writer
         index, used = [], set()
         # The store comes first, at a multiple of 256; the index after it is then aligned as well.
         writer.begin(names[0], 1)
@@ -347,17 +433,17 @@ class PackedModelWriter:
         bits = DTYPE_BITS[dtype]
         shard = self._dense.get(bits)
         if shard is not None:
-            full = not shard.writer.has_room(name, len(shape))
+            full = not shard.open_writer.has_room(name, len(shape))
             if full:
                 self._dense_header_bytes = min(2 * self._dense_header_bytes, _DENSE_HEADER_LIMIT)
-            if full or shard.writer.position + size > self._max_shard_bytes:
+            if full or shard.open_writer.position + size > self._max_shard_bytes:
                 shard.close()
                 shard = None
         if shard is None:
             needed = 8 + header_entry_bytes("__metadata__", 1) + header_entry_bytes(name, len(shape))
             shard = self._new_shard(max(self._dense_header_bytes, round_up(needed, RECORD_ALIGNMENT)))
             self._dense[bits] = shard
-        shard.writer.add(name, dtype, shape, data)
+        shard.open_writer.add(name, dtype, shape, data)
         shard.tensors.append(name)
         shard.tensor_bytes += size
 
@@ -370,10 +456,13 @@ class PackedModelWriter:
             self._tensors.add(name)
 
     def _new_shard(self, header_bytes: int) -> _Shard:
-        path = self._directory.path / f"shard-{len(self._shards) + 1:05d}"
-        shard = _Shard(SafetensorsWriter(path, header_bytes))
+        path = self._shard_path(len(self._shards) + 1)
+        shard = _Shard(path, SafetensorsWriter(path, header_bytes))
         self._shards.append(shard)
         return shard
+
+    def _shard_path(self, number: int) -> Path:
+        return self._directory.path / f"shard-{number:05d}"
 
     # ---- the end ----------------------------------------------------------------------------------------
 
@@ -412,7 +501,7 @@ class PackedModelWriter:
             assert shard.record is not None
             name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             with os_errors(directory / name):
-                os.rename(shard.writer.path, directory / name)
+                os.rename(shard.path, directory / name)
             records[name] = shard.record
             weight_map.update(dict.fromkeys(shard.tensors, name))
         quantization = {
@@ -429,6 +518,12 @@ class PackedModelWriter:
         ):
             write_file(directory / name, _json(content))
             records[name] = _record_of(directory / name)
+        # What only a run that goes on would need; until the manifest is there it needs the layers' entries.
+        names = [name for name in flat_names(directory) if name not in records and name != MARKER]
+        for name in names:
+            if not name.startswith("resume"):
+                with os_errors(directory / name):
+                    os.unlink(directory / name)
         sync_directory(directory)
         files = {name: {"bytes": record.nbytes, "sha256": record.sha256} for name, record in records.items()}
         write_file(
@@ -436,6 +531,8 @@ class PackedModelWriter:
         )
         with os_errors(directory / MANIFEST):
             os.rename(directory / (MANIFEST + ".tmp"), directory / MANIFEST)
+            for name in names:
+                (directory / name).unlink(missing_ok=True)
         # Open it as any reader would. The frames were looked at when they came and compared when their shard
         # was closed; to read them here through a map would count the whole model as this process's memory.
         open_model(directory).close()
@@ -449,9 +546,13 @@ class PackedModelWriter:
     ) -> None:
         try:
             for shard in self._shards:
-                shard.writer.abort()
+                if shard.writer is not None:
+                    shard.writer.abort()
         finally:
-            self._directory.discard()
+            if self._resume is not None and self._resume.layers:
+                self._directory.leave()
+            else:
+                self._directory.discard()
 
 
 def _record_of(path: Path) -> FileRecord:
