@@ -36,13 +36,21 @@ RULES = {
     "qmoe_format.transformers": Rule(
         {*CONTAINER, "qmoe_format", "qmoe_format.torch", "torch", "transformers"}, {"qmoe_gpu_decode"}
     ),
+    "qmoe_format.hdf5": Rule({*CONTAINER, "qmoe_format"}, {"h5py"}),
     "qmoe_quantize": Rule(
         {*CONTAINER, "qmoe_format", "torch"},
         {"datasets", "h5py", "huggingface_hub", "qmoe_format.transformers", "transformers"},
     ),
     "qmoe_format.cli": Rule(
         {*CONTAINER, "qmoe_format", "tqdm"},
-        {"qmoe_gpu_decode", "qmoe_quantize", "qmoe_format.torch", "qmoe_format.transformers", *HEAVY},
+        {
+            "qmoe_gpu_decode",
+            "qmoe_quantize",
+            "qmoe_format.hdf5",
+            "qmoe_format.torch",
+            "qmoe_format.transformers",
+            *HEAVY,
+        },
     ),
 }
 
@@ -125,6 +133,8 @@ def test_imports_point_one_way(module: str) -> None:
         ("qmoe_format.reader", "try:\n    import qmoe_quantize.plan\nexcept ImportError:\n    pass"),
         ("qmoe_format.torch", "from qmoe_format.transformers import load"),
         ("qmoe_format.torch", "import qmoe_gpu_decode"),
+        ("qmoe_format.hdf5", "import h5py"),
+        ("qmoe_format.reader", "def f():\n    from .hdf5 import to_hdf5"),
         ("qmoe_format.cli.pack", "import qmoe_quantize"),
         ("qmoe_format.cli.pack", "from ..transformers import load"),
         ("qmoe_quantize.pipeline", "import qmoe_format.cli"),

@@ -152,6 +152,20 @@ class ByteProgress:
         self._bar.close()
 
 
+def refuse_options(options: argparse.Namespace, usable: set[str], what: str) -> None:
+    """Refuse options that were given and mean nothing here; `options.default_of` gives their defaults.
+
+    Raises
+    ------
+    ArgumentError
+        One that is not in `usable` differs from its default.
+    """
+    for name, value in vars(options).items():
+        default = options.default_of(name)
+        if name not in usable and default is not value and default != value:
+            raise ArgumentError(f"does not apply to {what}", field=f"--{name.replace('_', '-')}", value=value)
+
+
 def require(condition: bool, message: str, *, field: str, expected: str) -> None:
     """Refuse a combination of arguments that argparse cannot."""
     if not condition:

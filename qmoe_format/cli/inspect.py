@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 from ..container import LayerSpec
 from ..inspection import ExpertReport, Inspection, inspect
 from . import plot
 from .common import ByteProgress, Command, add_output_arguments, print_json
+from .hdf5 import directory_input
 from .text import size, table
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="directory of a packed model")
+    parser.add_argument("path", metavar="PATH", help="directory of a packed model, or HDF5 file")
     parser.add_argument("--plot", metavar="FILE", help="also draw a chart; .png, .svg or .pdf")
     add_output_arguments(parser)
 
@@ -20,8 +24,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     if options.plot:
         plot.check(options.plot)
-    with ByteProgress("inspecting", quiet=options.quiet) as progress:
-        found = inspect(options.path, progress=progress)
+    with (
+        directory_input(options.path, tempfile.gettempdir(), quiet=options.quiet) as path,
+        ByteProgress("inspecting", quiet=options.quiet) as progress,
+    ):
+        found = replace(inspect(path, progress=progress), path=Path(options.path))
     if options.plot:
         plot.draw(found, options.plot)
     print_json(found.to_json()) if options.json else print(_text(found))

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .common import ByteProgress, Command, add_output_arguments, count, print_json, require
+from .hdf5 import directory_output, run_conversion
 from .published import run_import
 from .text import size, table
 
@@ -19,9 +20,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SRC",
         help="checkpoint directory, .safetensors file with config.json beside it, name of a hub model, "
-        "or a directory as the authors of QMoE published theirs (noexp.pt, expNN.pt)",
+        "or a directory as the authors of QMoE published theirs (noexp.pt, expNN.pt); "
+        "or a packed model, to be converted between a directory and an HDF5 file",
     )
-    parser.add_argument("out", metavar="OUT", nargs="?", help="directory to make; optional with --dry-run")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        nargs="?",
+        help="directory, or HDF5 file (.h5), to make; optional with --dry-run",
+    )
     parser.add_argument(
         "--method",
         choices=("nearest",),
@@ -69,10 +76,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if run_conversion(options):
+        return
+    with directory_output(options) as out:
+        _pack(options, out)
+
+
+def _pack(options: argparse.Namespace, out: str) -> None:
     from qmoe_quantize.published import is_published
 
     if is_published(options.source):
-        run_import(options)
+        run_import(options, out)
         return
     require(
         not options.keep_codes, "not a published QMoE checkpoint", field="--keep-codes", expected="noexp.pt"
@@ -99,7 +113,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     start = time.monotonic()
     with ByteProgress("packing", quiet=options.quiet) as progress:
-        summary = pack(options.source, options.out, settings, progress=progress)
+        summary = pack(options.source, out, settings, progress=progress)
     seconds = time.monotonic() - start
     if options.json:
         print_json({**summary.to_json(), "seconds": seconds})

@@ -5,27 +5,22 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from qmoe_codec.errors import ArgumentError
 
-from .common import ByteProgress, print_json
+from .common import ByteProgress, print_json, refuse_options
+from .hdf5 import directory_input
 from .text import size, table
 
 # What means something for an import; the rest is about making weights ternary, which they are already.
 _OPTIONS = {"source", "out", "keep_codes", "dense", "force", "json", "quiet"}
 
 
-def run_import(options: argparse.Namespace) -> None:
-    """``qmoe-pack DIR_OF_QMOE_PT OUT``; `options.default_of` gives the default of an option."""
-    for name, value in vars(options).items():
-        default = options.default_of(name)
-        if name not in _OPTIONS and value != default and default is not value:
-            raise ArgumentError(
-                "does not apply to a published QMoE checkpoint, whose experts are ternary already",
-                field=f"--{name.replace('_', '-')}",
-                value=value,
-            )
-    if options.out is None:
+def run_import(options: argparse.Namespace, out: str | None) -> None:
+    """``qmoe-pack DIR_OF_QMOE_PT OUT``, which is written to the directory `out`."""
+    refuse_options(options, _OPTIONS, "a published QMoE checkpoint, whose experts are ternary already")
+    if out is None:
         raise ArgumentError("missing", field="OUT", expected="a directory")
     from qmoe_quantize.published.importer import import_published
 
@@ -33,7 +28,7 @@ def run_import(options: argparse.Namespace) -> None:
     with ByteProgress("importing", quiet=options.quiet) as progress:
         summary = import_published(
             options.source,
-            options.out,
+            out,
             keep_codes=options.keep_codes,
             dense=options.dense,
             force=options.force,
@@ -71,8 +66,11 @@ def run_export(options: argparse.Namespace) -> None:
         raise ArgumentError("does not apply to the layout of QMoE's authors", field="--dtype")
     from qmoe_quantize.published.exporter import export_published
 
-    with ByteProgress("exporting", quiet=options.quiet) as progress:
-        summary = export_published(options.source, options.out, force=options.force, progress=progress)
+    with (
+        directory_input(options.source, Path(options.out).parent, quiet=options.quiet) as source,
+        ByteProgress("exporting", quiet=options.quiet) as progress,
+    ):
+        summary = export_published(source, options.out, force=options.force, progress=progress)
     if options.json:
         print_json(asdict(summary))
         return

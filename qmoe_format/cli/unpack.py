@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from ..unpack import unpack
 from .common import ByteProgress, Command, add_output_arguments, print_json
+from .hdf5 import directory_input
 from .published import run_export
 from .text import size
 
@@ -14,7 +16,7 @@ _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="directory of a packed model")
+    parser.add_argument("source", metavar="SRC", help="directory of a packed model, or HDF5 file")
     parser.add_argument("out", metavar="OUT", help="directory to make")
     parser.add_argument(
         "--dtype", choices=tuple(_DTYPES), help="of the experts (default: their original one)"
@@ -36,9 +38,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.format == "qmoe":
         run_export(options)
         return
-    with ByteProgress("unpacking", quiet=options.quiet) as progress:
+    with (
+        directory_input(options.source, Path(options.out).parent, quiet=options.quiet) as source,
+        ByteProgress("unpacking", quiet=options.quiet) as progress,
+    ):
         summary = unpack(
-            options.source,
+            source,
             options.out,
             dtype=_DTYPES.get(options.dtype),
             force=options.force,

@@ -7,17 +7,23 @@ from dataclasses import asdict
 
 from ..verify import verify
 from .common import ByteProgress, Command, add_output_arguments, print_json
+from .hdf5 import is_hdf5
 from .text import size
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="directory of a packed model")
+    parser.add_argument("path", metavar="PATH", help="directory of a packed model, or HDF5 file")
     add_output_arguments(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
     with ByteProgress("verifying", quiet=options.quiet) as progress:
-        report = verify(options.path, progress=progress)
+        if is_hdf5(options.path):
+            from ..hdf5 import verify_hdf5
+
+            report = verify_hdf5(options.path, progress=progress)
+        else:
+            report = verify(options.path, progress=progress)
     if options.json:
         print_json({"ok": True, **asdict(report)})
     else:
