@@ -619,7 +619,7 @@ qmoe_status qmoe_model_projection(const qmoe_model *model, size_t number, uint32
     }
     if (projection >= layer->spec.projection_count) {
         qmoe_status status = qmoe_fail(error, QMOE_ARGUMENT, "projection", projection, "below the number of projections");
-        return at(error, status, layer->spec.prefix);
+        return qmoe_at(error, at(error, status, layer->spec.prefix), model->path);
     }
     *info = layer->spec.projections[projection];
     return QMOE_OK;
@@ -633,7 +633,7 @@ qmoe_status qmoe_model_record(const qmoe_model *model, size_t number, uint32_t e
     }
     if (expert >= layer->spec.experts) {
         qmoe_status status = qmoe_fail(error, QMOE_ARGUMENT, "expert", expert, "below the number of experts");
-        return at(error, status, layer->spec.prefix);
+        return qmoe_at(error, at(error, status, layer->spec.prefix), model->path);
     }
     const int64_t *row = layer->index + 3 * (size_t)expert;
     *info = (qmoe_record_info){(uint64_t)row[0], (uint64_t)row[1], row[2]};
