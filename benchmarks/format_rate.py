@@ -19,12 +19,14 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import qmoe16
 import qmoe_codec
 import zstandard
 from qmoe_codec import DictionarySet, encode, read_frame_header
+from qmoe_quantize.published.codewords import published_codewords
 from tqdm import tqdm
 
+QMOE_BITS = 16
+QMOE_ROW_BITS = 64  # an offset of 32 bits and two bfloat16 levels
 SHAPES = [(768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6144, 2080)]
 DENSITIES = [0.80, 0.885, 0.92, 0.95]
 
@@ -52,7 +54,7 @@ def five_per_byte(trits: np.ndarray) -> bytes:
     return frame[header.codewords_start : header.codewords_start + header.codewords_size]
 
 
-def measure(rows: int, columns: int, p_zero: float, published: qmoe_codec.Dictionary) -> dict[str, object]:
+def measure(rows: int, columns: int, p_zero: float) -> dict[str, object]:
     trits = exact_matrix(rows, columns, p_zero, seed=rows)
     weights, levels = trits.size, np.zeros((rows, 2))
     encoder = DictionarySet()
@@ -62,7 +64,7 @@ def measure(rows: int, columns: int, p_zero: float, published: qmoe_codec.Dictio
     sections = read_frame_header(frame).section_bytes
     level_bits = 8 * sections["levels"]
     bits = 8 * len(frame) - level_bits
-    theirs = read_frame_header(encode(trits, levels, published)).codeword_count * qmoe16.BITS
+    theirs = QMOE_BITS * len(published_codewords(trits)[1])
     bound = 1.045 * entropy(p_zero) * weights + 18 * rows + 8 * 128
     aim = 1.03 * entropy(p_zero) * weights + 12 * rows
     return {
@@ -72,12 +74,12 @@ def measure(rows: int, columns: int, p_zero: float, published: qmoe_codec.Dictio
         "entropy": entropy(p_zero),
         "ours": bits / weights,
         "levels": level_bits / weights,
-        "qmoe16": (theirs + qmoe16.ROW_OVERHEAD_BITS * rows) / weights,
+        "qmoe16": (theirs + QMOE_ROW_BITS * rows) / weights,
         "zstd19": 8 * len(zstandard.ZstdCompressor(level=19).compress(five_per_byte(trits))) / weights,
         "bound": bound / weights,
         "aim": aim / weights,
         "dictionaries": [f"{d.bits} bits, {len(d.frame)} bytes" for d in encoder.dictionaries.values()],
-        "holds": bits <= bound and bits / weights <= (theirs + qmoe16.ROW_OVERHEAD_BITS * rows) / weights,
+        "holds": bits <= bound and bits / weights <= (theirs + QMOE_ROW_BITS * rows) / weights,
     }
 
 
@@ -85,11 +87,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
-    published = qmoe16.build()
     cases = [(*shape, p_zero) for shape in SHAPES for p_zero in DENSITIES]
-    results = [
-        measure(*case, published) for case in tqdm(cases, desc="measuring", unit="matrix", file=sys.stderr)
-    ]
+    results = [measure(*case) for case in tqdm(cases, desc="measuring", unit="matrix", file=sys.stderr)]
     print("bits per weight; bound: 1.045 x entropy + 18 bits per row + 128 bytes\n")
     print("   shape       p(0)   entropy    ours  (/entropy)  +levels   QMoE-16   zstd -19    bound")
     for r in results:
