@@ -139,7 +139,11 @@ static uint32_t packed_narrow(const uint8_t *frame, uint64_t start, uint64_t end
     }
     uint64_t bit = index * width, byte = start + bit / 8;
     uint64_t value = 0;
-    memcpy(&value, frame + byte, end - byte < 8 ? (size_t)(end - byte) : 8);
+    if (end - byte >= 8) { /* almost always, and a copy of a known size is one load */
+        value = load64(frame + byte);
+    } else {
+        memcpy(&value, frame + byte, (size_t)(end - byte));
+    }
     return (uint32_t)(value >> (bit % 8)) & ((1u << width) - 1);
 }
 

@@ -39,6 +39,8 @@ typedef struct {
 
 typedef struct {
     const char *name;
+    /* The sum of the lengths of a row's `count` phrases, or UINT64_MAX where a codeword is unused. */
+    uint64_t (*measure_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases);
     /* Trits of a row from `count` codewords into row[0 … columns + SLACK); what follows the phrases is zeroed. */
     void (*decode_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                        int8_t *row);

@@ -24,12 +24,14 @@ typedef struct {
 
 #if defined(__AVX2__)
 /*
- * Unpack codewords eight at a time, from `bits` bytes each, while 16 bytes can be loaded. A codeword lies in two
- * bytes: they go to a lane of 16 bits, where a multiplication shifts out what is above and a shift what is below.
- * `bit` is a multiple of 8. Returns how many were unpacked.
+ * Unpacks codewords eight at a time, from `bits` bytes each. A codeword lies in two bytes: they go to a lane of 16
+ * bits, where a multiplication shifts out what is above and a shift what is below.
  */
-static inline uint32_t unpack_eights(const codeword_source *source, uint64_t bit, uint32_t count,
-                                     uint16_t *codewords) {
+typedef struct {
+    __m128i pick, factor, shift;
+} unpacking;
+
+static inline unpacking unpacking_of(uint32_t bits) {
     static const int8_t picks[5][16] = {
         {0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7, -1},
         {0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 7, 7, 8, 8, 9},
@@ -44,16 +46,26 @@ static inline uint32_t unpack_eights(const codeword_source *source, uint64_t bit
         {0},
         {1, 1, 1, 1, 1, 1, 1, 1},
     };
-    uint32_t bits = source->bits, width = bits / 2 - 4;
-    const __m128i pick = _mm_loadu_si128((const __m128i *)(const void *)picks[width]);
-    const __m128i factor = _mm_loadu_si128((const __m128i *)(const void *)factors[width]);
-    const __m128i shift = _mm_cvtsi32_si128((int)(16 - bits));
+    uint32_t width = bits / 2 - 4;
+    return (unpacking){_mm_loadu_si128((const __m128i *)(const void *)picks[width]),
+                       _mm_loadu_si128((const __m128i *)(const void *)factors[width]),
+                       _mm_cvtsi32_si128((int)(16 - bits))};
+}
+
+/* Eight codewords, the first of which begins with the first of `bytes`; 16 of these are read. */
+static inline __m128i unpack_eight(const unpacking *how, const uint8_t *bytes) {
+    __m128i lanes = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)bytes), how->pick);
+    return _mm_srl_epi16(_mm_mullo_epi16(lanes, how->factor), how->shift);
+}
+
+/* While 16 bytes can be loaded. `bit` is a multiple of 8. Returns how many were unpacked. */
+static inline uint32_t unpack_eights(const codeword_source *source, uint64_t bit, uint32_t count,
+                                     uint16_t *codewords) {
+    const unpacking how = unpacking_of(source->bits);
     const uint8_t *bytes = source->array + bit / 8;
     uint32_t i = 0;
-    for (; i < count && source->limit - bytes >= 16; i += 8, bytes += bits) {
-        __m128i lanes = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)bytes), pick);
-        lanes = _mm_srl_epi16(_mm_mullo_epi16(lanes, factor), shift);
-        _mm_storeu_si128((__m128i *)(void *)(codewords + i), lanes);
+    for (; i < count && source->limit - bytes >= 16; i += 8, bytes += source->bits) {
+        _mm_storeu_si128((__m128i *)(void *)(codewords + i), unpack_eight(&how, bytes));
     }
     return i;
 }
@@ -83,6 +95,62 @@ static inline void find_phrases(const codeword_source *source, uint32_t done, ui
     for (uint32_t i = 0; i < count; i++) {
         buffer->indices[i] = (uint16_t)(codewords[i] | (codewords[(int64_t)i - 1] >= threshold ? table : 0));
     }
+}
+
+/* ---- lengths ---- */
+
+/*
+ * Nothing waits for the position here, so this runs several times as fast as decoding does. An unused codeword's
+ * length is 0.
+ */
+static uint64_t measure_row(const codeword_source *source, uint32_t count, const phrase_tables *phrases) {
+    const uint8_t *lengths = phrases->lengths;
+    uint32_t bits = source->bits, table = source->threshold >> bits ? 0 : 1u << bits;
+    uint32_t before = 0, i = 0; /* `before`: the codeword before; no threshold is 0, so T0 */
+    uint64_t total = 0;
+    bool unused = false;
+#if defined(__AVX2__)
+    /* Four codewords fill whole bytes, whatever their width: so up to three of the row before come along. */
+    uint32_t lead = (uint32_t)(source->first % 4), end = count + lead, at = 0;
+    const unpacking unpack = unpacking_of(bits);
+    const __m128i threshold = _mm_set1_epi16((int16_t)source->threshold), tables = _mm_set1_epi16((int16_t)table);
+    const __m256i low = _mm256_set1_epi32(127), zero = _mm256_setzero_si256();
+    const __m256i first_lane = _mm256_set1_epi32((int)lead - 1), end_lane = _mm256_set1_epi32((int)end);
+    __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), sums = zero, none = zero;
+    __m128i last = _mm_setzero_si128();
+    const uint8_t *bytes = source->array + (source->first - lead) * bits / 8;
+    for (; at < end && source->limit - bytes >= 16; at += 8, bytes += bits) {
+        __m256i ours = _mm256_and_si256(_mm256_cmpgt_epi32(lanes, first_lane), _mm256_cmpgt_epi32(end_lane, lanes));
+        __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(ours), _mm256_extracti128_si256(ours, 1));
+        __m128i codewords = _mm_and_si128(unpack_eight(&unpack, bytes), mask);
+        __m128i previous = _mm_alignr_epi8(codewords, last, 14);
+        __m128i second = _mm_cmpeq_epi16(_mm_max_epu16(previous, threshold), previous);
+        __m128i indices = _mm_or_si128(codewords, _mm_and_si128(second, tables));
+        last = codewords;
+        lanes = _mm256_add_epi32(lanes, _mm256_set1_epi32(8));
+        /* Four bytes are loaded for each length: phrases.c leaves room behind the last. */
+        __m256i eight = _mm256_i32gather_epi32((const int *)(const void *)lengths, _mm256_cvtepu16_epi32(indices), 1);
+        eight = _mm256_and_si256(_mm256_and_si256(eight, low), ours);
+        sums = _mm256_add_epi32(sums, eight); /* of at most 2^24 / 8 lengths of at most 126 */
+        none = _mm256_or_si256(none, _mm256_and_si256(_mm256_cmpeq_epi32(eight, zero), ours));
+    }
+    uint32_t parts[8];
+    _mm256_storeu_si256((__m256i *)(void *)parts, sums);
+    for (unsigned k = 0; k < 8; k++) {
+        total += parts[k];
+    }
+    unused = _mm256_movemask_epi8(none) != 0;
+    i = at < lead ? 0 : at - lead;
+    before = i ? (uint16_t)_mm_extract_epi16(last, 7) : 0;
+#endif
+    for (; i < count; i++) {
+        uint32_t codeword = packed_wide(source->array, source->first + i, bits);
+        uint32_t length = lengths[codeword | (before >= source->threshold ? table : 0)];
+        before = codeword;
+        total += length;
+        unused = unused || length == 0;
+    }
+    return unused ? UINT64_MAX : total;
 }
 
 /* ---- trits ---- */
@@ -383,6 +451,7 @@ static void masks(const int8_t *trits, uint64_t *nonzero, uint64_t *negative) {
 
 const qmoe_kernels KERNELS = {
     .name = KERNELS_NAME,
+    .measure_row = measure_row,
     .decode_row = decode_row,
     .rows_sum = rows_sum,
     .list_row = list_row,
