@@ -1,5 +1,7 @@
 """The commands ``qmoe-pack``, ``qmoe-unpack``, ``qmoe-inspect``, ``qmoe-verify``, and ``qmoe`` for all.
 
+``qmoe eval`` has no command of its own.
+
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damaged file, 4 file of an unknown version, 130 interrupted.
 Results go to stdout, progress and errors to stderr.
 """
@@ -8,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from . import eval as evaluation
 from . import inspect, pack, unpack, verify
 from .common import Command, execute
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for command in (pack.COMMAND, unpack.COMMAND, inspect.COMMAND, verify.COMMAND)
+    command.name: command
+    for command in (pack.COMMAND, unpack.COMMAND, inspect.COMMAND, verify.COMMAND, evaluation.COMMAND)
 }
 
 

@@ -124,17 +124,17 @@ def count(text: str) -> int:
     return int(text)
 
 
-class ByteProgress:
-    """A progress bar of bytes on stderr; none where stderr is not a terminal, or under --quiet.
+class ProgressBar:
+    """A progress bar on stderr; none where stderr is not a terminal, or under --quiet.
 
-    Call it with the bytes done and the bytes in all.
+    Call it with what is done and what there is in all, in bytes or another unit.
     """
 
-    def __init__(self, title: str, *, quiet: bool) -> None:
+    def __init__(self, title: str, *, quiet: bool, unit: str = "B") -> None:
         self._bar = tqdm(
             desc=title,
-            unit="B",
-            unit_scale=True,
+            unit=unit,
+            unit_scale=unit == "B",
             disable=True if quiet else None,
             delay=PROGRESS_DELAY,
             leave=False,
@@ -145,7 +145,7 @@ class ByteProgress:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
-    def __enter__(self) -> ByteProgress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:

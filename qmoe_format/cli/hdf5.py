@@ -11,7 +11,7 @@ from pathlib import Path
 from qmoe_codec.errors import ArgumentError
 
 from ..container import MANIFEST
-from .common import ByteProgress, print_json, refuse_options
+from .common import ProgressBar, print_json, refuse_options
 from .text import size
 
 
@@ -42,7 +42,7 @@ def run_conversion(options: argparse.Namespace) -> bool:
     )
     from ..hdf5 import from_hdf5, to_hdf5
 
-    with ByteProgress("converting", quiet=options.quiet) as progress:
+    with ProgressBar("converting", quiet=options.quiet) as progress:
         (from_hdf5 if from_file else to_hdf5)(source, out, force=options.force, progress=progress)
     path = Path(out)
     nbytes = sum(file.stat().st_size for file in (path.iterdir() if from_file else (path,)))
@@ -65,7 +65,7 @@ def directory_output(options: argparse.Namespace) -> Iterator[str]:
     check_output(options.out, force=options.force)
     with temporary_directory(Path(os.path.realpath(options.out)).parent) as folder:
         yield str(folder / "model")
-        with ByteProgress("converting", quiet=options.quiet) as progress:
+        with ProgressBar("converting", quiet=options.quiet) as progress:
             to_hdf5(folder / "model", options.out, force=options.force, progress=progress)
 
 
@@ -78,7 +78,7 @@ def directory_input(path: str, parent: str | os.PathLike[str], *, quiet: bool) -
     from ..hdf5 import as_directory
 
     with (
-        ByteProgress("converting", quiet=quiet) as progress,
+        ProgressBar("converting", quiet=quiet) as progress,
         as_directory(path, parent, progress=progress) as directory,
     ):
         yield directory

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..container import LayerSpec
 from ..inspection import ExpertReport, Inspection, inspect
 from . import plot
-from .common import ByteProgress, Command, add_output_arguments, print_json
+from .common import Command, ProgressBar, add_output_arguments, print_json
 from .hdf5 import directory_input
 from .text import size, table
 
@@ -26,7 +26,7 @@ def _run(options: argparse.Namespace) -> None:
         plot.check(options.plot)
     with (
         directory_input(options.path, tempfile.gettempdir(), quiet=options.quiet) as path,
-        ByteProgress("inspecting", quiet=options.quiet) as progress,
+        ProgressBar("inspecting", quiet=options.quiet) as progress,
     ):
         found = replace(inspect(path, progress=progress), path=Path(options.path))
     if options.plot:

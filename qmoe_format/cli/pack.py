@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from .common import ByteProgress, Command, add_output_arguments, count, print_json, require
+from .common import Command, ProgressBar, add_output_arguments, count, print_json, require
 from .hdf5 import directory_output, run_conversion
 from .published import run_import
 from .text import size, table
@@ -112,7 +112,7 @@ def _pack(options: argparse.Namespace, out: str) -> None:
         print_json(plan.to_json()) if options.json else print(_plan_text(plan))
         return
     start = time.monotonic()
-    with ByteProgress("packing", quiet=options.quiet) as progress:
+    with ProgressBar("packing", quiet=options.quiet) as progress:
         summary = pack(options.source, out, settings, progress=progress)
     seconds = time.monotonic() - start
     if options.json:

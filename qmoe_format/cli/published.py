@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qmoe_codec.errors import ArgumentError
 
-from .common import ByteProgress, print_json, refuse_options
+from .common import ProgressBar, print_json, refuse_options
 from .hdf5 import directory_input
 from .text import size, table
 
@@ -25,7 +25,7 @@ def run_import(options: argparse.Namespace, out: str | None) -> None:
     from qmoe_quantize.published.importer import import_published
 
     start = time.monotonic()
-    with ByteProgress("importing", quiet=options.quiet) as progress:
+    with ProgressBar("importing", quiet=options.quiet) as progress:
         summary = import_published(
             options.source,
             out,
@@ -68,7 +68,7 @@ def run_export(options: argparse.Namespace) -> None:
 
     with (
         directory_input(options.source, Path(options.out).parent, quiet=options.quiet) as source,
-        ByteProgress("exporting", quiet=options.quiet) as progress,
+        ProgressBar("exporting", quiet=options.quiet) as progress,
     ):
         summary = export_published(source, options.out, force=options.force, progress=progress)
     if options.json:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..unpack import unpack
-from .common import ByteProgress, Command, add_output_arguments, print_json
+from .common import Command, ProgressBar, add_output_arguments, print_json
 from .hdf5 import directory_input
 from .published import run_export
 from .text import size
@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     with (
         directory_input(options.source, Path(options.out).parent, quiet=options.quiet) as source,
-        ByteProgress("unpacking", quiet=options.quiet) as progress,
+        ProgressBar("unpacking", quiet=options.quiet) as progress,
     ):
         summary = unpack(
             source,

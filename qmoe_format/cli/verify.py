@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from ..verify import verify
-from .common import ByteProgress, Command, add_output_arguments, print_json
+from .common import Command, ProgressBar, add_output_arguments, print_json
 from .hdf5 import is_hdf5
 from .text import size
 
@@ -17,7 +17,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    with ByteProgress("verifying", quiet=options.quiet) as progress:
+    with ProgressBar("verifying", quiet=options.quiet) as progress:
         if is_hdf5(options.path):
             from ..hdf5 import verify_hdf5
 

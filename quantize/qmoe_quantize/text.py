@@ -149,7 +149,7 @@ def read_windows(options: TextOptions, config: ModelConfig) -> TokenWindows:
     MissingPackageError
         The hub or the tokenizer needs a package that is not installed.
     """
-    encode = _encoder(config)
+    encode = encoder_of(config)
     length = options.length or min(2048, _positions(config))
     documents = _documents(options)
     generator = np.random.default_rng(options.seed)
@@ -294,8 +294,16 @@ def _from_hub(name: str) -> list[_Document]:
 # ---- tokens ------------------------------------------------------------------------------------------------
 
 
-class _Encoder:
-    """Bytes as tokens."""
+class Encoder:
+    """Bytes as tokens.
+
+    Attributes
+    ----------
+    special : ndarray
+        int64: tokens that do not count.
+    separator : int or None
+        Token that ends a document.
+    """
 
     separator: int | None = None
 
@@ -313,7 +321,7 @@ class _Encoder:
         return tokens, counted & ~np.isin(tokens, self.special)
 
 
-class _TokenizerEncoder(_Encoder):
+class TokenizerEncoder(Encoder):
     """The checkpoint's own tokenizer."""
 
     def __init__(self, tokenizer: Any, special: Sequence[int]) -> None:
@@ -322,6 +330,7 @@ class _TokenizerEncoder(_Encoder):
         self.separator = tokenizer.eos_token_id
 
     def __call__(self, text: bytes | str, left_out: Mask | None) -> tuple[npt.NDArray[np.int64], Mask]:
+        """Tokens, and which of them count, as the tokenizer has them."""
         characters = text if isinstance(text, str) else text.decode("utf-8", "replace")
         options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
         if left_out is None:
@@ -343,7 +352,7 @@ class _TokenizerEncoder(_Encoder):
         return tokens, counted
 
 
-def _encoder(config: ModelConfig) -> _Encoder:
+def encoder_of(config: ModelConfig) -> Encoder:
     """How `config`'s model reads text.
 
     Raises
@@ -359,7 +368,7 @@ def _encoder(config: ModelConfig) -> _Encoder:
     ]
     files = [config.directory / name for name in TOKENIZER_FILES]
     if any(file.exists() for file in files if file.name != "tokenizer_config.json"):
-        return _TokenizerEncoder(_tokenizer(config.directory), special)
+        return TokenizerEncoder(_tokenizer(config.directory), special)
     if config.number("vocab_size") != 256:
         raise CheckpointError(
             "has no tokenizer, which text needs",
@@ -368,7 +377,7 @@ def _encoder(config: ModelConfig) -> _Encoder:
             value=config.number("vocab_size"),
             expected="tokenizer.json or the like, or a vocabulary of 256 for bytes",
         )
-    return _Encoder(special)
+    return Encoder(special)
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -387,7 +396,7 @@ def _tokenizer(directory: Path) -> Any:
 
 
 def _tokenize(
-    documents: list[_Document], encode: _Encoder, generator: np.random.Generator, wanted: int
+    documents: list[_Document], encode: Encoder, generator: np.random.Generator, wanted: int
 ) -> tuple[npt.NDArray[np.int64], Mask]:
     """Tokens of pieces of the text, in order, at least `wanted` of them if there are as many."""
     pieces = [piece for document in documents for piece in _pieces(document)]
