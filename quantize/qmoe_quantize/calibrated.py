@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from qmoe_codec.errors import OutputExistsError
 from torch import Tensor
 
 from qmoe_format.container import LayerSpec, Projection
 
 from .activations import Activations
+from .allocation import SAMPLE_ROWS, RateCurve, rate_curve, sample_rows, solve_lam
 from .checkpoint import SourceCheckpoint
+from .fingerprint import model_digest
 from .gptq import dequantized
 from .mixture import HessianOptions, LayerRun, Visitor
 from .problem import MatrixGroup
 from .recipes import RecipeSettings, ternarize_group
-from .streaming import StreamedModel, StreamOptions
-from .ternary import TernaryMatrix
-from .text import TokenWindows
+from .store import Provenance, Store, StoreWriter
+from .streaming import MEMORY, StreamedModel, StreamOptions
+from .ternary import TernaryExpert, TernaryMatrix
+from .text import TextOptions, TokenWindows, read_windows
 
 SCRATCH = "scratch.h5"
+SAMPLED_EXPERTS = 4
+"""Experts of each layer, spread evenly, whose rates stand for all when lambda is looked for."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What is known of the experts' inputs, and how.
+
+    Attributes
+    ----------
+    text : TextOptions, optional
+        Text that is run through the model, and through the ternary experts as they come to be.
+    store : str, optional
+        Instead: a file of :class:`.store.Store`.
+    stream : StreamOptions
+    hessian : HessianOptions
+    """
+
+    text: TextOptions | None = None
+    store: str | None = None
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    hessian: HessianOptions = field(default_factory=HessianOptions)
+
+    def of_recipe(self, settings: RecipeSettings) -> CalibrationOptions:
+        """The same with Hessians as a recipe wants them."""
+        return replace(self, hessian=replace(self.hessian, gate_weighting=settings.gate_weighting))
+
+    def to_json(self) -> dict[str, object]:
+        """All that decides what comes out, but for the text itself."""
+        values = {**asdict(self.hessian), **asdict(self.stream)}
+        return {**values, "calibration": "store" if self.store else "text"}
 
 
 class StreamedExperts:
@@ -91,6 +128,13 @@ class StreamedExperts:
             self._model.path(self._stage).unlink(missing_ok=True)
         self._stage += 1
 
+    def files(self) -> list[str]:
+        """Names of the files that are needed to go on from here."""
+        if self._stage >= self._model.stages or not self._model.path(self._stage).exists():
+            return []
+        memory = self._folder / MEMORY
+        return [self._model.path(self._stage).name, *([memory.name] if memory.exists() else [])]
+
     def keep_from_here(self) -> None:
         """A run can go on from here: forget the activations of all layers before."""
         for stage in range(self._durable, self._stage):
@@ -131,3 +175,254 @@ def ternary_weight(matrix: TernaryMatrix) -> Tensor:
     """The weights that a ternary matrix stands for: float32 [R, C]."""
     trits, levels = torch.from_numpy(matrix.trits)[None], torch.from_numpy(matrix.levels)[None]
     return dequantized(trits, levels)[0]
+
+
+class StreamedTernarizer:
+    """Ternarizes each layer with the Hessians of what the ternary layers before it give.
+
+    Parameters
+    ----------
+    experts : StreamedExperts
+    settings : RecipeSettings
+    """
+
+    def __init__(self, experts: StreamedExperts, settings: RecipeSettings) -> None:
+        self._experts = experts
+        self._settings = settings
+
+    @property
+    def recipe(self) -> dict[str, object]:
+        """The recipe's settings."""
+        return self._settings.to_json()
+
+    def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
+        """Ternarize a layer, group by group."""
+        visitor = TernarizingVisitor(self._settings)
+        for experts, run in self._experts.run(layer, visitor):
+            tokens = run.tokens
+            for expert in experts:
+                made = tuple(visitor.made.pop((expert, p.name)) for p in layer.projections)
+                yield TernaryExpert(made, tokens[expert])
+
+    def keep(self) -> tuple[dict[str, object], list[str]]:
+        """What another run needs to go on after the last layer: JSON values, and names of files."""
+        return {"stage": self._experts.stage}, self._experts.files()
+
+    def kept(self) -> None:
+        """It was written down, so what came before is not needed any more."""
+        self._experts.keep_from_here()
+
+
+class StoreTernarizer:
+    """Ternarizes each layer with the Hessians in a store.
+
+    Parameters
+    ----------
+    store : Store
+    checkpoint : SourceCheckpoint
+    options : CalibrationOptions
+    settings : RecipeSettings
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        checkpoint: SourceCheckpoint,
+        options: CalibrationOptions,
+        settings: RecipeSettings,
+    ) -> None:
+        self._store = store
+        self._checkpoint = checkpoint
+        self._size = options.hessian.experts_per_batch
+        self._device = torch.device(options.stream.device)
+        self._settings = settings
+
+    @property
+    def recipe(self) -> dict[str, object]:
+        """The recipe's settings."""
+        return self._settings.to_json()
+
+    def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
+        """Ternarize a layer, group by group."""
+        tokens = self._store.tokens(layer.prefix).tolist()
+        for start in range(0, layer.experts, self._size):
+            experts = range(start, min(start + self._size, layer.experts))
+            made = [
+                ternarize_group(self.group(layer, projection, experts), self._settings)
+                for projection in layer.projections
+            ]
+            for place, expert in enumerate(experts):
+                yield TernaryExpert(tuple(matrices[place] for matrices in made), tokens[expert])
+
+    def group(self, layer: LayerSpec, projection: Projection, experts: range) -> MatrixGroup:
+        """The problem of ternarizing the same projection of some experts."""
+        weight = torch.stack(
+            [torch.from_numpy(self._checkpoint.weight(projection.tensor_name(e))) for e in experts]
+        )
+        return self._store.group(layer, projection, experts, weight.to(self._device), self._device)
+
+    def keep(self) -> tuple[dict[str, object], list[str]]:
+        """Nothing: every layer stands by itself."""
+        return {}, []
+
+    def kept(self) -> None:
+        """Nothing to forget."""
+
+
+# ---- one lambda for the whole model ------------------------------------------------------------------------
+
+
+def _sampled(layer: LayerSpec) -> list[int]:
+    count = min(SAMPLED_EXPERTS, layer.experts)
+    return [(2 * number + 1) * layer.experts // (2 * count) for number in range(count)]
+
+
+class _SamplingVisitor:
+    """Keeps some rows of some experts, with their Hessians, until the layer is done."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._kept: dict[str, list[MatrixGroup]] = {}
+
+    def wants(self, layer: LayerSpec, experts: range) -> list[int]:
+        return [expert for expert in _sampled(layer) if expert in experts]
+
+    def visit(
+        self, layer: LayerSpec, projection: Projection, experts: list[int], group: MatrixGroup
+    ) -> Tensor:
+        self._kept.setdefault(projection.name, []).append(sample_rows(group, SAMPLE_ROWS, self._seed))
+        return group.weight
+
+    def take(self, layer: LayerSpec) -> list[MatrixGroup]:
+        samples = [_joined(self._kept[projection.name]) for projection in layer.projections]
+        self._kept = {}
+        return samples
+
+
+def _joined(groups: Sequence[MatrixGroup]) -> MatrixGroup:
+    """Several groups of the same projection as one."""
+    return MatrixGroup(
+        names=tuple(name for group in groups for name in group.names),
+        weight=torch.cat([group.weight for group in groups]),
+        hessian=torch.cat([group.hessian for group in groups]),
+        prior=torch.cat([group.prior for group in groups]),
+        tokens=torch.cat([group.tokens for group in groups]),
+        calibration_tokens=groups[0].calibration_tokens,
+        row_weight=torch.cat([group.row_weight for group in groups]),
+    )
+
+
+def find_lam(
+    layers: Sequence[LayerSpec],
+    source: StreamedExperts | StoreTernarizer,
+    settings: RecipeSettings,
+    target_bits: float,
+    seed: int,
+) -> float:
+    """The lambda at which the whole model takes `target_bits` per expert weight.
+
+    Rows of a few experts of every layer are ternarized over a range of lambdas, with the Hessians of the
+    model as it is.
+
+    Raises
+    ------
+    ArgumentError
+        No lambda gives so few or so many bits.
+    """
+    curves: list[RateCurve] = []
+    for layer in layers:
+        visitor = _SamplingVisitor(seed)
+        if isinstance(source, StoreTernarizer):
+            for expert in _sampled(layer):
+                for projection in layer.projections:
+                    group = source.group(layer, projection, range(expert, expert + 1))
+                    visitor.visit(layer, projection, [expert], group)
+        else:
+            for _ in source.run(layer, visitor):
+                pass
+        curves.append(rate_curve(layer, visitor.take(layer), settings))
+    return solve_lam(curves, target_bits)
+
+
+# ---- writing a store ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CalibrationSummary:
+    """What :func:`calibrate` did.
+
+    Attributes
+    ----------
+    layers, experts : int
+        Of the model.
+    windows, available : int
+        Windows of text that were used, and that there were.
+    tokens : int
+        Tokens that count in them.
+    unseen : int
+        Experts that none of them reached.
+    """
+
+    layers: int
+    experts: int
+    windows: int
+    available: int
+    tokens: int
+    unseen: int
+
+
+def calibrate(
+    checkpoint: SourceCheckpoint,
+    layers: list[LayerSpec],
+    options: CalibrationOptions,
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+) -> CalibrationSummary:
+    """Run text through a model as it is, and write its experts' Hessians to a store.
+
+    Parameters
+    ----------
+    checkpoint : SourceCheckpoint
+    layers : list of LayerSpec
+        Its layers of experts.
+    options : CalibrationOptions
+        With text.
+    out : path
+        The store, which appears when it is complete. Activations lie in a folder beside it meanwhile.
+    force : bool
+        Replace an existing file.
+
+    Raises
+    ------
+    QMoEError
+        As :func:`.text.read_windows`, :class:`.streaming.StreamedModel` and :class:`.store.StoreWriter`.
+    """
+    import tempfile
+
+    assert options.text is not None
+    if os.path.lexists(out) and not force:
+        raise OutputExistsError("exists already", file=out, expected="a new name, or --force")
+    windows = read_windows(options.text, checkpoint.config)
+    settings = {**options.to_json(), **asdict(options.text), "length": windows.tokens.shape[1]}
+    provenance = Provenance(model_digest(checkpoint), (windows.digest,), settings)
+    unseen = 0
+    where = Path(os.path.abspath(out)).parent
+    with (
+        tempfile.TemporaryDirectory(prefix=".qmoe-calibrate-", dir=where) as folder,
+        StoreWriter(out, provenance, force=force) as writer,
+    ):
+        experts = StreamedExperts(checkpoint, layers, windows, options.stream, options.hessian, Path(folder))
+        for layer in layers:
+            run = [run for _, run in experts.run(layer, writer)][-1]
+            experts.keep_from_here()
+            writer.run_done(layer, run)
+            unseen += sum(count == 0 for count in run.tokens)
+    return CalibrationSummary(
+        layers=len(layers),
+        experts=sum(layer.experts for layer in layers),
+        windows=len(windows.tokens),
+        available=windows.available,
+        tokens=int(windows.counted.sum()),
+        unseen=unseen,
+    )

@@ -133,6 +133,10 @@ class SourceCheckpoint:
         """The first `nbytes` of :meth:`data`; only they are read."""
         return self._read(name, 0, nbytes)
 
+    def data_piece(self, name: str, start: int, nbytes: int) -> bytearray:
+        """Bytes [start, start + nbytes) of :meth:`data`; only they are read."""
+        return self._read(name, start, nbytes)
+
     def weight(self, name: str) -> npt.NDArray[np.float32]:
         """A matrix of weights as float32.
 

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from qmoe_codec import DictionarySet
-from qmoe_codec.errors import ArgumentError, CheckpointError
+from qmoe_codec.errors import ArgumentError, CheckpointError, HeaderError, QMoEError
 from qmoe_codec.layout import LEVEL_FORMATS
 
 from qmoe_format.container import LayerSpec
 from qmoe_format.paths import refuse_overlap
 from qmoe_format.reader import open_model
+from qmoe_format.resume import Resume
 from qmoe_format.writer import PackedModelWriter
 
+from .calibrated import (
+    CalibrationOptions,
+    StoreTernarizer,
+    StreamedExperts,
+    StreamedTernarizer,
+    find_lam,
+)
 from .checkpoint import SourceCheckpoint, locate
 from .config import ModelConfig
 from .families import TensorTable, find_layers
+from .fingerprint import model_digest
 from .nearest import LEVEL_RULES, squared_error, ternarize
+from .recipes import CALIBRATED_METHODS, RecipeSettings
 from .shapes import tensors_of
-from .ternary import TernaryMatrix
+from .store import Store
+from .ternary import TernaryExpert, TernaryMatrix
+from .text import TokenWindows, read_windows
 
-METHODS = ("nearest",)
+METHODS = ("nearest", *CALIBRATED_METHODS)
 DENSE_MODES = ("copy", "zstd")
 
+ExpertWeights = Callable[[str], npt.NDArray[np.float32]]
 Progress = Callable[[int, int], None]
 """Told how many bytes of the source are done, and how many there are."""
 
@@ -40,12 +54,12 @@ class PackOptions:
 
     Attributes
     ----------
-    method : {"nearest"}
-        How the ternary weights are found.
+    method : {"nearest", "qmoe", "rd"}, optional
+        How the ternary weights are found: by default ``rd`` with calibration, and ``nearest`` without.
     levels : {"minmax", "lsq"}
         Which levels ``nearest`` rounds to, see :func:`qmoe_quantize.nearest.ternarize`.
-    level_format : {"bfloat16", "float16", "float32", "e4m4"}
-        How levels are stored (spec 4.1).
+    level_format : {"bfloat16", "float16", "float32", "e4m4"}, optional
+        How levels are stored (spec 4.1): by default ``e4m4`` with calibration, and ``bfloat16`` without.
     dense : {"copy", "zstd"}
         Whether the other tensors are compressed without loss where that makes them smaller.
     force : bool
@@ -53,6 +67,14 @@ class PackOptions:
     threads : int, optional
         Experts that are ternarized at once, each of which takes memory; by default one for each core, but at
         most 4. It changes no byte of the output.
+    calibration : CalibrationOptions, optional
+        What is known of the experts' inputs.
+    recipe : RecipeSettings, optional
+        Settings of a calibrated method; its method and level format are those given here.
+    target_bits : float, optional
+        Instead of ``recipe.lam``: bits per expert weight that the model shall take, everything counted.
+    resume : bool
+        Go on from what an interrupted run with calibration has left, if there is something.
 
     Raises
     ------
@@ -60,53 +82,55 @@ class PackOptions:
         A value is none of these.
     """
 
-    method: str = "nearest"
+    method: str = ""
     levels: str = "minmax"
-    level_format: str = "bfloat16"
+    level_format: str = ""
     dense: str = "copy"
     force: bool = False
     threads: int | None = None
+    calibration: CalibrationOptions | None = None
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    target_bits: float | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
-        for field, choices in (
+        calibrated = self.method in CALIBRATED_METHODS or (not self.method and self.calibration is not None)
+        # Frozen, but what was left open is decided here once and for all.
+        set_once = object.__setattr__
+        set_once(self, "method", self.method or ("rd" if calibrated else "nearest"))
+        set_once(self, "level_format", self.level_format or ("e4m4" if calibrated else "bfloat16"))
+        for name, choices in (
             ("method", METHODS),
             ("levels", LEVEL_RULES),
             ("level_format", LEVEL_FORMATS),
             ("dense", DENSE_MODES),
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if value not in choices:
-                raise ArgumentError("unknown", field=field, value=value, expected=" or ".join(choices))
+                raise ArgumentError("unknown", field=name, value=value, expected=" or ".join(choices))
         if self.threads is not None and self.threads < 1:
             raise ArgumentError("illegal", field="threads", value=self.threads, expected="at least 1")
+        if calibrated != (self.calibration is not None):
+            raise ArgumentError(
+                "goes with calibration" if calibrated else "takes no calibration",
+                field="method",
+                value=self.method,
+                expected="--calib" if calibrated else " or ".join(CALIBRATED_METHODS),
+            )
+        if calibrated:
+            recipe = replace(self.recipe, method=self.method, level_format=self.level_format)
+            set_once(self, "recipe", recipe)
+            assert self.calibration is not None
+            set_once(self, "calibration", self.calibration.of_recipe(recipe))
+        if self.target_bits is not None and (self.method != "rd" or not self.target_bits > 0):
+            raise ArgumentError(
+                "illegal", field="target_bpw", value=self.target_bits, expected="more than 0, with method rd"
+            )
 
     @property
     def thread_count(self) -> int:
         """Threads to use."""
         return self.threads or min(4, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class TernaryExpert:
-    """The matrices of an expert in the order of the layer's projections.
-
-    Attributes
-    ----------
-    matrices : tuple of TernaryMatrix
-    tokens : int
-        How many tokens it saw in calibration; -1 without calibration.
-    """
-
-    matrices: tuple[TernaryMatrix, ...]
-    tokens: int = -1
-
-
-class ExpertWeights(Protocol):
-    """Gives the matrices of the source."""
-
-    def __call__(self, tensor: str, /) -> npt.NDArray[np.float32]:
-        """Read one matrix by its tensor's name: float32 [rows, columns], finite."""
-        ...
 
 
 class Ternarizer(Protocol):
@@ -121,8 +145,16 @@ class Ternarizer(Protocol):
         """What `quantization_config.recipe` shall say (spec 6.3)."""
         ...
 
-    def layer(self, layer: LayerSpec, weights: ExpertWeights) -> Iterator[TernaryExpert]:
+    def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
         """The experts of `layer`, in order, one after the other so that few are in memory at once."""
+        ...
+
+    def keep(self) -> tuple[dict[str, object], list[str]]:
+        """What another run needs to go on after the last layer: JSON values, and names of files."""
+        ...
+
+    def kept(self) -> None:
+        """It was written down, so what came before is not needed any more."""
         ...
 
 
@@ -131,13 +163,22 @@ class NearestTernarizer:
 
     Parameters
     ----------
+    weights : callable
+        Reads a matrix by its tensor's name: float32 [rows, columns], finite.
     levels, level_format : str
         As for :func:`qmoe_quantize.nearest.ternarize`.
     threads : int
         Experts that are ternarized at once.
     """
 
-    def __init__(self, levels: str = "minmax", level_format: str = "bfloat16", threads: int = 1) -> None:
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        levels: str = "minmax",
+        level_format: str = "bfloat16",
+        threads: int = 1,
+    ) -> None:
+        self._weights = weights
         self._levels = levels
         self._level_format = level_format
         self._threads = threads
@@ -147,13 +188,20 @@ class NearestTernarizer:
         """Method and rule."""
         return {"method": "nearest", "levels": self._levels, "level_format": self._level_format}
 
-    def layer(self, layer: LayerSpec, weights: ExpertWeights) -> Iterator[TernaryExpert]:
+    def keep(self) -> tuple[dict[str, object], list[str]]:
+        """Nothing: every layer stands by itself."""
+        return {}, []
+
+    def kept(self) -> None:
+        """Nothing to forget."""
+
+    def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
         """Ternarize each expert by itself, some of them ahead of the one that is asked for."""
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ternarize")
         coming: deque[Future[TernaryExpert]] = deque()
         try:
             for number in range(layer.experts):
-                coming.append(pool.submit(self._expert, layer, weights, number))
+                coming.append(pool.submit(self._expert, layer, number))
                 if len(coming) > self._threads:
                     yield coming.popleft().result()
             while coming:
@@ -161,8 +209,10 @@ class NearestTernarizer:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _expert(self, layer: LayerSpec, weights: ExpertWeights, number: int) -> TernaryExpert:
-        return TernaryExpert(tuple(self._matrix(weights(p.tensor_name(number))) for p in layer.projections))
+    def _expert(self, layer: LayerSpec, number: int) -> TernaryExpert:
+        return TernaryExpert(
+            tuple(self._matrix(self._weights(p.tensor_name(number))) for p in layer.projections)
+        )
 
     def _matrix(self, weight: npt.NDArray[np.float32]) -> TernaryMatrix:
         trits, levels = ternarize(weight, self._levels, self._level_format)
@@ -190,6 +240,9 @@ class PackSummary:
         The other tensors.
     squared_error, squared_norm : float
         Sums over all expert weights.
+    matrices : list of dict
+        For every matrix: its name and place, tokens, sparsity, bits per weight in its frame, relative squared
+        error of the weights, and what the recipe has to say. Not in :meth:`to_json`.
     """
 
     source_bytes: int = 0
@@ -204,6 +257,7 @@ class PackSummary:
     dense_packed_bytes: int = 0
     squared_error: float = 0.0
     squared_norm: float = 0.0
+    matrices: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def bits_per_weight(self) -> float:
@@ -212,8 +266,12 @@ class PackSummary:
 
     def to_json(self) -> dict[str, object]:
         """All numbers, and the ratios people ask for."""
+        values = asdict(self)
+        del values["matrices"]
+        fallbacks = sum("fallback" in matrix for matrix in self.matrices)
         return {
-            **asdict(self),
+            **values,
+            "fallbacks": fallbacks,
             "bits_per_weight": self.bits_per_weight,
             "sparsity": self.zeros / self.weights,
             "relative_error": self.squared_error / self.squared_norm if self.squared_norm else 0.0,
@@ -257,16 +315,22 @@ def pack(
     refuse_overlap(path, out)
     checkpoint = SourceCheckpoint(path)
     layers = expert_layers(checkpoint.config, checkpoint.tensors)
-    ternarizer = NearestTernarizer(options.levels, options.level_format, options.thread_count)
-    run = _Run(checkpoint, options, ternarizer, progress)
-    with PackedModelWriter(out, force=options.force) as writer:
-        for file in checkpoint.other_files:
-            writer.add_file(file)
-        for layer in layers:
-            run.add_layer(writer, layer)
-        for name in dense_tensors(checkpoint.tensors, layers):
-            run.add_dense(writer, name)
-        writer.finish(dict(checkpoint.config.values), ternarizer.recipe)
+    run = _Run(checkpoint, layers, options, progress)
+    with contextlib.ExitStack() as stack:
+        evidence = _Evidence.gather(checkpoint, layers, options, stack)
+        resume = None
+        if evidence is not None:
+            resume = Resume(evidence.head(checkpoint, options), go_on=options.resume, discard=options.force)
+        try:
+            with PackedModelWriter(out, force=options.force, resume=resume) as writer:
+                run.pack(writer, evidence, resume)
+        except (QMoEError, KeyboardInterrupt) as error:
+            if resume is not None and resume.layers:
+                note = f"{len(resume.layers)} of {len(layers)} layers are kept: --resume goes on from them"
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(note) from None
+                error.message += f"; {note}"
+            raise
     with open_model(out) as model:
         run.summary.packed_bytes = sum(file.nbytes for file in model.files.values())
         run.summary.expert_packed_bytes = sum(
@@ -274,6 +338,50 @@ def pack(
             for layer in map(model.layer, model.layers)
         )
     return run.summary
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What a calibrated run is made from, all of it read and checked before anything is written."""
+
+    options: CalibrationOptions
+    windows: TokenWindows | None
+    store: Store | None
+    model: str
+    data: str
+
+    @classmethod
+    def gather(
+        cls,
+        checkpoint: SourceCheckpoint,
+        layers: list[LayerSpec],
+        options: PackOptions,
+        stack: contextlib.ExitStack,
+    ) -> _Evidence | None:
+        calibration = options.calibration
+        if calibration is None:
+            return None
+        model = model_digest(checkpoint)
+        if calibration.store is not None:
+            store = stack.enter_context(Store(calibration.store))
+            store.check(layers, model, gate_weighting=calibration.hessian.gate_weighting)
+            return cls(calibration, None, store, model, " ".join(store.provenance.data))
+        if calibration.text is None:
+            raise ArgumentError("missing", field="calibration", expected="text or a store")
+        windows = read_windows(calibration.text, checkpoint.config)
+        return cls(calibration, windows, None, model, windows.digest)
+
+    def head(self, checkpoint: SourceCheckpoint, options: PackOptions) -> dict[str, object]:
+        """What decides the output, for those who would go on from it."""
+        settings = {
+            **options.recipe.to_json(),
+            **self.options.to_json(),
+            "target_bpw": options.target_bits,
+            "dense": options.dense,
+        }
+        if options.target_bits is not None:
+            settings.pop("lam", None)
+        return {"model": self.model, "calibration data": self.data, "settings": settings}
 
 
 def expert_layers(config: ModelConfig, tensors: TensorTable) -> list[LayerSpec]:
@@ -323,32 +431,131 @@ class _Run:
     def __init__(
         self,
         checkpoint: SourceCheckpoint,
+        layers: list[LayerSpec],
         options: PackOptions,
-        ternarizer: Ternarizer,
         progress: Progress | None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._layers = layers
         self._options = options
-        self._ternarizer = ternarizer
         self._progress = progress
         self._done = 0
+        self._recipe = options.recipe
         self.summary = PackSummary(source_bytes=checkpoint.nbytes)
 
-    def add_layer(self, writer: PackedModelWriter, layer: LayerSpec) -> None:
+    def pack(self, writer: PackedModelWriter, evidence: _Evidence | None, resume: Resume | None) -> None:
+        """Write everything."""
+        stage = self._go_on(resume) if resume else None
+        ternarizer = self._ternarizer(evidence, writer, stage)
+        for file in self._checkpoint.other_files:
+            writer.add_file(file)
+        for layer in self._layers[len(resume.layers) if resume else 0 :]:
+            self._add_layer(writer, ternarizer, layer)
+            if resume is not None:
+                working, files = ternarizer.keep()
+                summary = asdict(self.summary)
+                matrices = [line for line in summary.pop("matrices") if line["layer"] == layer.prefix]
+                kept = {
+                    "lam": self._recipe.lam,
+                    "done": self._done,
+                    "summary": summary,
+                    "matrices": matrices,
+                }
+                writer.keep_layer({**working, **kept}, files)
+                ternarizer.kept()
+        for name in dense_tensors(self._checkpoint.tensors, self._layers):
+            self.add_dense(writer, name)
+        writer.finish(dict(self._checkpoint.config.values), ternarizer.recipe)
+
+    def _go_on(self, resume: Resume) -> int | None:
+        """Take up what an interrupted run has done; gives the layer of the model that comes next."""
+        if not resume.layers:
+            return None
+        try:
+            working = resume.layers[-1]["working"]
+            matrices = [line for state in resume.layers for line in state["working"]["matrices"]]
+            self.summary = PackSummary(**working["summary"], matrices=matrices)
+            self._recipe = replace(self._recipe, lam=float(working["lam"]))
+            self._done = int(working["done"])
+            return int(working["stage"]) if "stage" in working else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise HeaderError(
+                "what an interrupted run has left is damaged",
+                field="working",
+                expected="--force to begin anew",
+            ) from error
+
+    def _ternarizer(
+        self, evidence: _Evidence | None, writer: PackedModelWriter, stage: int | None
+    ) -> Ternarizer:
+        options = self._options
+        if evidence is None:
+            return NearestTernarizer(
+                self._checkpoint.weight, options.levels, options.level_format, options.thread_count
+            )
+        calibration = evidence.options
+        if evidence.store is not None:
+            if options.target_bits is not None and not self.summary.layers:
+                # Lambda does not matter to what is sampled
+                source = StoreTernarizer(evidence.store, self._checkpoint, calibration, self._recipe)
+                self._find_lam(source, options.target_bits)
+            return StoreTernarizer(evidence.store, self._checkpoint, calibration, self._recipe)
+        windows = evidence.windows
+        assert windows is not None
+
+        def stream(layers: list[LayerSpec], stage: int | None) -> StreamedExperts:
+            return StreamedExperts(
+                self._checkpoint,
+                layers,
+                windows,
+                calibration.stream,
+                calibration.hessian,
+                writer.folder,
+                stage,
+            )
+
+        if options.target_bits is not None and not self.summary.layers:
+            self._find_lam(stream(self._layers, None), options.target_bits)
+        return StreamedTernarizer(stream(self._layers, stage), self._recipe)
+
+    def _find_lam(self, source: StreamedExperts | StoreTernarizer, target: float) -> None:
+        seed = self._options.calibration.hessian.seed if self._options.calibration else 0
+        lam = find_lam(self._layers, source, self._recipe, target, seed)
+        self._recipe = replace(self._recipe, lam=lam)
+
+    def _add_layer(self, writer: PackedModelWriter, ternarizer: Ternarizer, layer: LayerSpec) -> None:
         dictionaries = DictionarySet(layer.experts * sum(p.rows * p.columns for p in layer.projections))
-        writer.add_layer(layer, self._records(layer, dictionaries), dictionaries)
+        writer.add_layer(layer, self._records(ternarizer, layer, dictionaries), dictionaries)
         self.summary.layers += 1
 
-    def _records(self, layer: LayerSpec, dictionaries: DictionarySet) -> Iterator[tuple[list[bytes], int]]:
+    def _records(
+        self, ternarizer: Ternarizer, layer: LayerSpec, dictionaries: DictionarySet
+    ) -> Iterator[tuple[list[bytes], int]]:
         summary = self.summary
-        for number, expert in enumerate(self._ternarizer.layer(layer, self._checkpoint.weight)):
+        for number, expert in enumerate(ternarizer.layer(layer)):
             frames = []
-            for matrix in expert.matrices:
-                frames.append(dictionaries.encode(matrix.trits, matrix.levels, self._options.level_format))
-                summary.weights += matrix.trits.size
-                summary.zeros += matrix.trits.size - int(np.count_nonzero(matrix.trits))
+            for projection, matrix in zip(layer.projections, expert.matrices, strict=True):
+                frame = dictionaries.encode(matrix.trits, matrix.levels, self._options.level_format)
+                frames.append(frame)
+                weights, zeros = matrix.trits.size, matrix.trits.size - int(np.count_nonzero(matrix.trits))
+                summary.weights += weights
+                summary.zeros += zeros
                 summary.squared_error += matrix.squared_error
                 summary.squared_norm += matrix.squared_norm
+                norm = matrix.squared_norm
+                line: dict[str, object] = {
+                    "tensor": projection.tensor_name(number),
+                    "layer": layer.prefix,
+                    "expert": number,
+                    "projection": projection.name,
+                    "rows": projection.rows,
+                    "columns": projection.columns,
+                    "tokens": expert.tokens,
+                    "sparsity": zeros / weights if weights else 0.0,
+                    "bits": 8 * len(frame) / weights if weights else 0.0,
+                    "relative_error": matrix.squared_error / norm if norm else 0.0,
+                }
+                summary.matrices.append({**matrix.report, **line})
             yield frames, expert.tokens
             names = (projection.tensor_name(number) for projection in layer.projections)
             nbytes = sum(self._checkpoint.tensors[name].nbytes for name in names)

@@ -32,6 +32,7 @@ from .checkpoint import SourceCheckpoint
 from .text import TokenWindows
 
 BATCH_TOKENS = 4096
+MEMORY = "memory.h5"  # what an encoder gives to its decoder
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
 
@@ -346,7 +347,7 @@ class StreamedModel:
         if number + 1 < len(stack.layers):
             return Activations(self.path(stage + 1), create=True)
         if stage + 1 < len(self._stages):
-            return Activations(self._folder / "memory.h5", create=True)
+            return Activations(self._folder / MEMORY, create=True)
         return contextlib.nullcontext()
 
     def _put(self, stage: int, target: Activations | None, stack: _Stack, start: int, hidden: Tensor) -> None:
@@ -363,7 +364,7 @@ class StreamedModel:
         stack, number = self._stages[stage]
         if number + 1 == len(stack.layers) and stage + 1 < len(self._stages):
             length = stack.tokens.shape[1]
-            with self._loaded(*_ends(stack)), Activations(self._folder / "memory.h5", create=False) as memory:
+            with self._loaded(*_ends(stack)), Activations(self._folder / MEMORY, create=False) as memory:
                 for start, stop in self._batches(stack):
                     hidden = memory.read("hidden", start * length, stop * length).to(self._device)
                     with torch.inference_mode():
@@ -390,7 +391,7 @@ class StreamedModel:
     def _memory(self, start: int, stop: int) -> Tensor:
         """What the encoder gave for windows [start, stop)."""
         length = self._stacks[0].tokens.shape[1]
-        with Activations(self._folder / "memory.h5", create=False) as memory:
+        with Activations(self._folder / MEMORY, create=False) as memory:
             rows = memory.read("hidden", start * length, stop * length)
         return rows.to(self._device).reshape(stop - start, length, -1)
 

@@ -30,3 +30,18 @@ class TernaryMatrix:
     squared_error: float
     squared_norm: float
     report: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TernaryExpert:
+    """The matrices of an expert in the order of the layer's projections.
+
+    Attributes
+    ----------
+    matrices : tuple of TernaryMatrix
+    tokens : int
+        How many tokens it was calibrated on; -1 without calibration.
+    """
+
+    matrices: tuple[TernaryMatrix, ...]
+    tokens: int = -1
