@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import zstandard
-from qmoe_codec import crc32c
+from qmoe_codec import MEMORY_LIMIT, check_memory, crc32c
 from qmoe_codec.errors import (
     ArgumentError,
     ChecksumError,
@@ -136,8 +136,6 @@ def _plane(data: memoryview, elements: int, number: int) -> np.ndarray[tuple[int
         claimed = zstandard.frame_content_size(data)
         if claimed not in (elements, -1):
             raise PayloadError("illegal", field=field, value=f"{claimed} bytes", expected=f"{elements} bytes")
-        if elements > len(data) * _EXPANSION_LIMIT:
-            raise PayloadError("too short", field=field, value=len(data), expected=f"{elements} elements")
         plane = zstandard.ZstdDecompressor().decompress(
             data, max_output_size=max(elements, 1), allow_extra_data=False
         )
@@ -216,8 +214,17 @@ def read_dense_header(frame: bytes | bytearray | memoryview) -> DenseHeader:
     return header
 
 
-def decode_dense(frame: bytes | bytearray | memoryview) -> tuple[str, tuple[int, ...], memoryview]:
+def decode_dense(
+    frame: bytes | bytearray | memoryview, *, memory_limit: int = MEMORY_LIMIT
+) -> tuple[str, tuple[int, ...], memoryview]:
     """Decompress a dense frame.
+
+    Parameters
+    ----------
+    frame : buffer
+        Exactly one dense frame.
+    memory_limit : int
+        Most bytes of the tensor; while it is made, it takes as much again.
 
     Returns
     -------
@@ -231,9 +238,15 @@ def decode_dense(frame: bytes | bytearray | memoryview) -> tuple[str, tuple[int,
     ------
     FormatError
         Of the kind that spec 5 gives for the fault.
+    MemoryLimitError
+        The tensor would be larger than the limit; told by the header, before anything is decompressed.
     """
     view = flat_bytes(frame)
     header = read_dense_header(view)
+    for number, size in enumerate(header.plane_sizes):
+        enough = header.elements <= size * _EXPANSION_LIMIT
+        _check(enough, PayloadError, f"plane {number}", f"{size} bytes", f"{header.elements} elements")
+    check_memory(header.nbytes, memory_limit, "shape")
     # Every plane is decompressed before the whole is allocated, and each only as far as its bytes can reach.
     planes, position = [], HEADER.size
     for number, size in enumerate(header.plane_sizes):

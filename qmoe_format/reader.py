@@ -10,11 +10,12 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from qmoe_codec import Dictionary, Matrix, parse_dictionaries, read_frame_header
+from qmoe_codec import MEMORY_LIMIT, Dictionary, Matrix, parse_dictionaries, read_frame_header
 from qmoe_codec.errors import (
     ArgumentError,
     FormatError,
     HeaderError,
+    MemoryLimitError,
     MissingDictionaryError,
     RowIndexError,
     SizeError,
@@ -77,6 +78,8 @@ class PackedLayer:
         What to call the layer in messages.
     shard : str, optional
         File that it lies in.
+    memory_limit : int
+        Given to the matrices.
 
     Attributes
     ----------
@@ -103,6 +106,7 @@ class PackedLayer:
         *,
         place: str,
         shard: str = "",
+        memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self.spec = spec
         self.experts = spec.experts
@@ -111,11 +115,18 @@ class PackedLayer:
         self.dictionary_bytes = dictionary_bytes
         self.shard = shard
         self._place = place
+        self._memory_limit = memory_limit
         self._dictionaries: dict[int, Dictionary] | None = None
         self._check_index()
 
     @classmethod
-    def from_file(cls, spec: LayerSpec, file: SafetensorsFile, sizes: tuple[int, int]) -> PackedLayer:
+    def from_file(
+        cls,
+        spec: LayerSpec,
+        file: SafetensorsFile,
+        sizes: tuple[int, int],
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> PackedLayer:
         """The layer in a shard; `sizes` are those of store and dictionaries in ``config.json``."""
         names = [spec.prefix + suffix for suffix in (STORE, STORE_INDEX, DICTIONARIES)]
         for name, dtype, shape in zip(
@@ -153,7 +164,15 @@ class PackedLayer:
         store, table, dictionaries = (file.data(name) for name in names)
         index = np.frombuffer(table, "<i8").reshape(spec.experts, 3)
         place = f"{file.path}: {spec.prefix}"
-        return cls(spec, store, index, dictionaries, place=place, shard=file.path.name)
+        return cls(
+            spec,
+            store,
+            index,
+            dictionaries,
+            place=place,
+            shard=file.path.name,
+            memory_limit=memory_limit,
+        )
 
     def _check_index(self) -> None:
         """The rule of spec 6.1, pair by pair, so that no sum can leave 64 bits."""
@@ -308,7 +327,7 @@ class PackedLayer:
         number = self.spec.projections.index(self.spec.projection(projection))
         frame = self.frames(expert)[number]
         try:
-            return Matrix(frame, self.dictionaries, verify=verify)
+            return Matrix(frame, self.dictionaries, verify=verify, memory_limit=self._memory_limit)
         except FormatError as error:
             raise error.with_file(self.place(expert, number)) from error
 
@@ -330,8 +349,9 @@ class PackedModel:
         The mapped shards.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, memory_limit: int = MEMORY_LIMIT) -> None:
         self.path = Path(path)
+        self._memory_limit = memory_limit
         if not self.path.is_dir():
             raise ArgumentError(
                 "no such directory", file=self.path, expected="the directory of a packed model"
@@ -375,7 +395,10 @@ class PackedModel:
                     expected=self._owners[names[0]].path.name,
                 )
         return PackedLayer.from_file(
-            self.layers[prefix], self._owners[names[0]], self._quantization.layer_bytes[prefix]
+            self.layers[prefix],
+            self._owners[names[0]],
+            self._quantization.layer_bytes[prefix],
+            self._memory_limit,
         )
 
     def _open_dense(self) -> dict[str, str]:
@@ -478,8 +501,8 @@ class PackedModel:
         if stored == name:
             return tensor.dtype, tensor.shape, file.data(name)
         try:
-            return decode_dense(file.data(stored))
-        except FormatError as error:
+            return decode_dense(file.data(stored), memory_limit=self._memory_limit)
+        except (FormatError, MemoryLimitError) as error:
             raise error.with_file(f"{file.path}: {stored}") from error
 
     def close(self) -> None:
@@ -496,7 +519,7 @@ class PackedModel:
         self.close()
 
 
-def open_model(path: str | os.PathLike[str]) -> PackedModel:
+def open_model(path: str | os.PathLike[str], *, memory_limit: int = MEMORY_LIMIT) -> PackedModel:
     """Open a packed model.
 
     Manifest, sizes of all files, configuration, index, and the headers of all shards are checked; frames are
@@ -506,6 +529,9 @@ def open_model(path: str | os.PathLike[str]) -> PackedModel:
     ----------
     path : path
         The model's directory.
+    memory_limit : int
+        Most bytes of one decoded matrix or decompressed tensor; what would take more is refused before it is
+        allocated (:class:`MemoryLimitError`).
 
     Returns
     -------
@@ -518,4 +544,4 @@ def open_model(path: str | os.PathLike[str]) -> PackedModel:
     FormatError
         It is not a packed model, or not a whole one; the message names the file, the field and the fault.
     """
-    return PackedModel(path)
+    return PackedModel(path, memory_limit=memory_limit)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from qmoe_codec import Matrix
+from qmoe_codec import MEMORY_LIMIT, FrameHeader, Matrix, crc32c, flipped_bit, read_frame_header
 from qmoe_codec.errors import ChecksumError, FormatError, PayloadError
 
+from .container import STORE_INDEX
 from .files import sha256_file
 from .reader import PackedLayer, PackedModel, open_model
+
+_FRAME_HEADER_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,16 @@ class VerifyReport:
 
 
 def verify(
-    path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> VerifyReport:
     """Check all of a packed model.
 
-    Structure and frames come first and the manifest's SHA-256 after them, so that a fault in a frame is
-    reported by its shard, layer, expert, projection and section, and a fault anywhere else by its file.
+    Frames are checked while another thread takes the SHA-256 of the files. A fault in a frame is reported
+    before a hash that differs: by its shard, layer, expert, projection and section. A fault anywhere else is
+    reported by its file, and by what in it has no checksum of its own.
 
     Parameters
     ----------
@@ -53,6 +62,8 @@ def verify(
         The model's directory.
     progress : callable, optional
         Called with the bytes done and the bytes in all.
+    memory_limit : int
+        Most bytes of one decompressed tensor; matrices are checked without being decoded.
 
     Returns
     -------
@@ -62,17 +73,25 @@ def verify(
     ------
     FormatError
         The first fault found.
+    MemoryLimitError
+        A tensor is larger than the limit.
     ArgumentError
         There is no such directory.
     """
-    with open_model(path) as model:
+    with open_model(path, memory_limit=memory_limit) as model:
         return _Verification(model, progress).run()
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error
+    pass
 
 
 class _Verification:
     def __init__(self, model: PackedModel, progress: Callable[[int, int], None] | None) -> None:
         self._model = model
         self._progress = progress
+        self._lock = threading.Lock()
+        self._stopped = False
         self._done = 0
         self._total = (
             sum(len(model.layer(prefix).store) for prefix in model.layers)
@@ -81,31 +100,25 @@ class _Verification:
         )
 
     def _advance(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        if self._stopped:
+            raise _Stopped
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total)
 
     def run(self) -> VerifyReport:
         model = self._model
-        for prefix in model.layers:
-            self._check_layer(model.layer(prefix))
-        frames = 0
-        for name in model.dense_names():
-            info = model.dense_info(name)
-            if info.compressed:
-                model.dense(name)
-                frames += 1
-            self._advance(info.stored_bytes)
-        for name, record in model.files.items():
-            digest = sha256_file(model.path / name, self._advance)
-            if digest != record.sha256:
-                raise ChecksumError(
-                    "SHA-256 differs from the manifest",
-                    file=model.path / name,
-                    field="sha256",
-                    value=digest,
-                    expected=record.sha256,
-                )
+        with ThreadPoolExecutor(1) as hasher:
+            digests: dict[str, Future[str]] = {
+                name: hasher.submit(sha256_file, model.path / name, self._advance) for name in model.files
+            }
+            try:
+                frames = self._check_content()
+                for name, record in model.files.items():
+                    self._compare(name, record.sha256, digests[name].result())
+            finally:
+                self._stopped = True  # on an error, nobody waits for the other hashes
         layers = model.layers.values()
         return VerifyReport(
             files=len(model.files),
@@ -118,12 +131,50 @@ class _Verification:
             dense_frames=frames,
         )
 
+    def _check_content(self) -> int:
+        """All layers and dense tensors; how many of these are frames."""
+        model = self._model
+        for prefix in model.layers:
+            self._check_layer(model.layer(prefix))
+        frames = 0
+        for name in model.dense_names():
+            info = model.dense_info(name)
+            if info.compressed:
+                model.dense(name)
+                frames += 1
+            self._advance(info.stored_bytes)
+        return frames
+
+    def _compare(self, name: str, expected: str, digest: str) -> None:
+        if digest == expected:
+            return
+        message = "SHA-256 differs from the manifest"
+        if name in self._model.shards:
+            message += f"; all frames are sound, so the fault is in {self._unguarded(name)}"
+        raise ChecksumError(
+            message, file=self._model.path / name, field="sha256", value=digest, expected=expected
+        )
+
+    def _unguarded(self, shard: str) -> str:
+        """What of a shard has no checksum of its own."""
+        model = self._model
+        plain = [name for name in model.dense_names() if not model.dense_info(name).compressed]
+        places = [
+            *(prefix + STORE_INDEX for prefix in model.layers if model.layer(prefix).shard == shard),
+            *(name for name in plain if model.dense_info(name).shard == shard),
+        ]
+        some = places[:4] + [f"{len(places) - 4} others"] * (len(places) > 4)
+        return " or ".join(["the header", *some])
+
     def _check_layer(self, layer: PackedLayer) -> None:
         _ = layer.dictionaries  # parsed even where no frame names one
         for expert in range(layer.experts):
             for number, frame in enumerate(layer.frames(expert)):
                 try:
                     Matrix(frame, layer.dictionaries, verify=True)
+                except ChecksumError as error:
+                    error.message += f": {_where(frame)}"
+                    raise error.with_file(layer.place(expert, number)) from error
                 except FormatError as error:
                     raise error.with_file(layer.place(expert, number)) from error
             padding = layer.padding(expert)
@@ -135,3 +186,26 @@ class _Verification:
                     expected="zero bytes",
                 )
             self._advance(len(layer.record(expert)) + len(padding))
+
+
+def _where(frame: memoryview) -> str:
+    """Which bit of a body was flipped, if its checksum can tell."""
+    header, body = read_frame_header(frame), frame[_FRAME_HEADER_BYTES:]
+    bit = flipped_bit(len(body), header.body_crc32c, crc32c(body))
+    if bit is None:
+        return "more than one bit of the body is wrong"
+    offset = _FRAME_HEADER_BYTES + bit // 8
+    return f"one bit is wrong, in {_section(header, offset)} (bit {bit % 8} of byte {offset} of the frame)"
+
+
+def _section(header: FrameHeader, offset: int) -> str:
+    """Name of the section that a byte of a frame lies in (spec 4.2)."""
+    starts = {
+        "levels": (_FRAME_HEADER_BYTES, header.levels_size),
+        "row_index": (header.row_index_start, sum(header.row_index_parts)),
+        "codewords" if header.bits else "trits": (header.codewords_start, header.codewords_size),
+    }
+    for name, (start, size) in starts.items():
+        if start <= offset < start + size:
+            return name
+    return "padding"

@@ -12,7 +12,9 @@ True
 
 from .codec import (
     BACKENDS,
+    MEMORY_LIMIT,
     Matrix,
+    check_memory,
     crc32c,
     decode,
     dequantize,
@@ -23,6 +25,7 @@ from .codec import (
     read_frame_header,
     round_levels,
 )
+from .crc import flipped_bit
 from .dictionary import Dictionary, build_dictionary, join_dictionaries, parse_dictionaries
 from .errors import (
     ArgumentError,
@@ -31,6 +34,7 @@ from .errors import (
     FormatError,
     HeaderError,
     MagicError,
+    MemoryLimitError,
     MissingDictionaryError,
     MissingPackageError,
     OutputExistsError,
@@ -48,6 +52,7 @@ from .selection import DictionarySet
 __all__ = [
     "BACKENDS",
     "LEVEL_FORMATS",
+    "MEMORY_LIMIT",
     "ArgumentError",
     "CheckpointError",
     "ChecksumError",
@@ -59,6 +64,7 @@ __all__ = [
     "HeaderError",
     "MagicError",
     "Matrix",
+    "MemoryLimitError",
     "MissingDictionaryError",
     "MissingPackageError",
     "OutputExistsError",
@@ -70,11 +76,13 @@ __all__ = [
     "UnsupportedModelError",
     "VersionError",
     "build_dictionary",
+    "check_memory",
     "crc32c",
     "decode",
     "dequantize",
     "encode",
     "experts_matmul",
+    "flipped_bit",
     "join_dictionaries",
     "kernels_name",
     "matmul",

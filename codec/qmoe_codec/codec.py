@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import core, reference
 from .dictionary import Dictionary
-from .errors import ArgumentError
+from .errors import ArgumentError, MemoryLimitError
 from .layout import (
     LEVEL_FORMATS,
     MAXIMUM_DICTIONARIES,
@@ -33,6 +33,8 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
 }
 MAXIMUM_THREADS = 256
+#: Most bytes of one decoded tensor where nothing else is asked for. A frame of a few kB can hold 2^36 zeros.
+MEMORY_LIMIT = 1 << 34
 
 
 def crc32c(data: Buffer, value: int = 0, /) -> int:
@@ -71,6 +73,23 @@ def _threads(threads: int | None) -> int:
             "out of range", field="threads", value=threads, expected=f"1 to {MAXIMUM_THREADS}"
         )
     return threads
+
+
+def check_memory(size: int, limit: int, field: str) -> None:
+    """Refuse a result of more than `limit` bytes, before any of it is allocated.
+
+    Raises
+    ------
+    MemoryLimitError
+        It is larger.
+    """
+    if size > limit:
+        raise MemoryLimitError(
+            "larger than the memory limit",
+            field=field,
+            value=f"{size} bytes",
+            expected=f"at most {limit} bytes",
+        )
 
 
 def _check_output(out: NDArray[np.generic], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -212,6 +231,8 @@ class Matrix:
         Dictionaries by id; those that the frame names are kept.
     verify : bool
         Also check the body: its checksum and every codeword. The header and the row index are always checked.
+    memory_limit : int
+        Most bytes of an array that :meth:`decode` and :meth:`dequantize` may make; with `out` they make none.
 
     Raises
     ------
@@ -219,7 +240,15 @@ class Matrix:
         If the frame is not legal, or names a dictionary that is not at hand.
     """
 
-    def __init__(self, frame: Buffer, dictionaries: Mapping[int, Dictionary], *, verify: bool = True) -> None:
+    def __init__(
+        self,
+        frame: Buffer,
+        dictionaries: Mapping[int, Dictionary],
+        *,
+        verify: bool = True,
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> None:
+        self._memory_limit = memory_limit
         self._buffer = np.frombuffer(as_bytes(frame), np.uint8)
         self._dictionaries = tuple(dictionaries.values())
         handles = (core.c_void_p * max(1, len(self._dictionaries)))(*[d.handle for d in self._dictionaries])
@@ -267,6 +296,8 @@ class Matrix:
     ) -> NDArray[np.int8]:
         """Trits int8 [rows, columns] of all rows, or of a slice of them; `out`, `threads` as below."""
         first, count = self._row_range(rows)
+        if out is None:
+            check_memory(count * self.columns, self._memory_limit, "rows × columns")
         trits = np.empty((count, self.columns), np.int8) if out is None else out
         _check_output(trits, (count, self.columns), np.dtype(np.int8))
         error = core.Error()
@@ -299,6 +330,9 @@ class Matrix:
         _check_dtype(dtype)
         first, count = self._row_range(rows)
         shape, numpy_dtype = (count, self.columns), NUMPY_DTYPES[dtype]
+        if out is None:
+            size = count * self.columns * numpy_dtype.itemsize
+            check_memory(size, self._memory_limit, "rows × columns")
         weights: NDArray[np.generic] = np.empty(shape, numpy_dtype) if out is None else out
         _check_output(weights, shape, numpy_dtype)
         error = core.Error()
@@ -391,7 +425,12 @@ def experts_matmul(
 
 
 def decode(
-    frame: Buffer, dictionaries: Mapping[int, Dictionary], *, backend: Backend = "c", verify: bool = True
+    frame: Buffer,
+    dictionaries: Mapping[int, Dictionary],
+    *,
+    backend: Backend = "c",
+    verify: bool = True,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Decode a matrix frame (spec 4).
 
@@ -403,6 +442,8 @@ def decode(
         Dictionaries by id.
     verify : bool
         Check the body's checksum first.
+    memory_limit : int
+        Most bytes of `trits`.
 
     Returns
     -------
@@ -413,12 +454,16 @@ def decode(
     ------
     FormatError
         If the frame is not legal; each kind of fault has its class.
+    MemoryLimitError
+        If `trits` would be larger than the limit; told by the header, before anything is allocated.
     """
     _check_backend(backend)
+    header = read_frame_header(frame)
+    check_memory(header.rows * header.columns, memory_limit, "rows × columns")
     if backend == "reference":
         tables = {identity: dictionary.reference for identity, dictionary in dictionaries.items()}
         return reference.decode(frame, tables, verify=verify)
-    matrix = Matrix(frame, dictionaries, verify=verify)
+    matrix = Matrix(frame, dictionaries, verify=verify, memory_limit=memory_limit)
     return matrix.decode(), matrix.levels
 
 
@@ -428,11 +473,15 @@ def dequantize(
     dtype: str = "float32",
     *,
     backend: Backend = "c",
+    memory_limit: int = MEMORY_LIMIT,
 ) -> NDArray[np.generic]:
-    """Weights [rows, columns] of a matrix frame in `dtype` (see :meth:`Matrix.dequantize`)."""
+    """Weights [rows, columns] of a matrix frame in `dtype` (see :class:`Matrix`)."""
     _check_backend(backend)
+    _check_dtype(dtype)
+    header = read_frame_header(frame)
+    check_memory(header.rows * header.columns * NUMPY_DTYPES[dtype].itemsize, memory_limit, "rows × columns")
     if backend == "c":
-        return Matrix(frame, dictionaries).dequantize(dtype)
+        return Matrix(frame, dictionaries, memory_limit=memory_limit).dequantize(dtype)
     weights = reference.dequantize(*decode(frame, dictionaries, backend="reference"))
     return reference.convert(weights, dtype)
 

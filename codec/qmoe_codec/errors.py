@@ -83,6 +83,10 @@ class MissingPackageError(QMoEError):
     """An optional package is not installed."""
 
 
+class MemoryLimitError(QMoEError):
+    """A result would take more memory than is allowed; what it would be decoded from may well be legal."""
+
+
 class FormatError(QMoEError):
     """A packed file is not what the spec says (spec 1.1)."""
 
