@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,46 +18,18 @@ from .allocation import SAMPLE_ROWS, RateCurve, rate_curve, sample_rows, solve_l
 from .checkpoint import SourceCheckpoint
 from .fingerprint import model_digest
 from .gptq import dequantized
-from .mixture import HessianOptions, LayerRun, Visitor
+from .mixture import LayerRun, Visitor
+from .options import CalibrationOptions, HessianOptions, StreamOptions
 from .problem import MatrixGroup
 from .recipes import RecipeSettings, ternarize_group
 from .store import Provenance, Store, StoreWriter
-from .streaming import MEMORY, StreamedModel, StreamOptions
+from .streaming import MEMORY, StreamedModel, torch_device
 from .ternary import TernaryExpert, TernaryMatrix
-from .text import TextOptions, TokenWindows, read_windows
+from .text import TokenWindows, read_windows
 
 SCRATCH = "scratch.h5"
 SAMPLED_EXPERTS = 4
 """Experts of each layer, spread evenly, whose rates stand for all when lambda is looked for."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What is known of the experts' inputs, and how.
-
-    Attributes
-    ----------
-    text : TextOptions, optional
-        Text that is run through the model, and through the ternary experts as they come to be.
-    store : str, optional
-        Instead: a file of :class:`.store.Store`.
-    stream : StreamOptions
-    hessian : HessianOptions
-    """
-
-    text: TextOptions | None = None
-    store: str | None = None
-    stream: StreamOptions = field(default_factory=StreamOptions)
-    hessian: HessianOptions = field(default_factory=HessianOptions)
-
-    def of_recipe(self, settings: RecipeSettings) -> CalibrationOptions:
-        """The same with Hessians as a recipe wants them."""
-        return replace(self, hessian=replace(self.hessian, gate_weighting=settings.gate_weighting))
-
-    def to_json(self) -> dict[str, object]:
-        """All that decides what comes out, but for the text itself."""
-        values = {**asdict(self.hessian), **asdict(self.stream)}
-        return {**values, "calibration": "store" if self.store else "text"}
 
 
 class StreamedExperts:
@@ -234,7 +206,7 @@ class StoreTernarizer:
         self._store = store
         self._checkpoint = checkpoint
         self._size = options.hessian.experts_per_batch
-        self._device = torch.device(options.stream.device)
+        self._device = torch_device(options.stream.device)
         self._settings = settings
 
     @property

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from qmoe_codec.errors import ArgumentError, UnsupportedModelError
+from qmoe_codec.errors import UnsupportedModelError
 from torch import Tensor, nn
 
 from qmoe_format.container import LayerSpec, Projection
 
 from .activations import Activations
 from .checkpoint import SourceCheckpoint
+from .options import HessianOptions
 from .problem import MatrixGroup
 from .streaming import Routing, StreamedModel
 
@@ -26,34 +27,6 @@ PRIOR_TOKENS = 512
 CHUNK_TOKENS = 4096
 FEW_TOKENS = 16
 """How many tokens the sample counts for beside an expert's own, in means over its tokens."""
-
-
-@dataclass(frozen=True)
-class HessianOptions:
-    """How Hessians are gathered.
-
-    Attributes
-    ----------
-    experts_per_batch : int
-        Experts that are in memory at once.
-    max_tokens_per_expert : int, optional
-        An expert that more tokens reach is calibrated on so many of them, drawn at random, and the sum is
-        scaled up. All of them still go through the ternary expert to the next layer.
-    gate_weighting : bool
-        Whether a token counts with its squared router weight, as its error does in the output.
-    seed : int
-    """
-
-    experts_per_batch: int = 16
-    max_tokens_per_expert: int | None = None
-    gate_weighting: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("experts_per_batch", "max_tokens_per_expert"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError("illegal", field=name, value=value, expected="at least 1")
 
 
 class Visitor(Protocol):

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,24 +22,21 @@ from qmoe_format.reader import open_model
 from qmoe_format.resume import Resume
 from qmoe_format.writer import PackedModelWriter
 
-from .calibrated import (
-    CalibrationOptions,
-    StoreTernarizer,
-    StreamedExperts,
-    StreamedTernarizer,
-    find_lam,
-)
 from .checkpoint import SourceCheckpoint, locate
 from .config import ModelConfig
 from .families import TensorTable, find_layers
-from .fingerprint import model_digest
 from .nearest import LEVEL_RULES, squared_error, ternarize
-from .recipes import CALIBRATED_METHODS, RecipeSettings
+from .options import CalibrationOptions
 from .shapes import tensors_of
-from .store import Store
 from .ternary import TernaryExpert, TernaryMatrix
 from .text import TokenWindows, read_windows
 
+if TYPE_CHECKING:
+    from .calibrated import StoreTernarizer, StreamedExperts
+    from .recipes import RecipeSettings
+    from .store import Store
+
+CALIBRATED_METHODS = ("qmoe", "rd")
 METHODS = ("nearest", *CALIBRATED_METHODS)
 DENSE_MODES = ("copy", "zstd")
 
@@ -89,7 +86,7 @@ class PackOptions:
     force: bool = False
     threads: int | None = None
     calibration: CalibrationOptions | None = None
-    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    recipe: RecipeSettings | None = None
     target_bits: float | None = None
     resume: bool = False
 
@@ -118,10 +115,14 @@ class PackOptions:
                 expected="--calib" if calibrated else " or ".join(CALIBRATED_METHODS),
             )
         if calibrated:
-            recipe = replace(self.recipe, method=self.method, level_format=self.level_format)
+            from .recipes import RecipeSettings
+
+            recipe = replace(
+                self.recipe or RecipeSettings(), method=self.method, level_format=self.level_format
+            )
             set_once(self, "recipe", recipe)
             assert self.calibration is not None
-            set_once(self, "calibration", self.calibration.of_recipe(recipe))
+            set_once(self, "calibration", self.calibration.weighted(recipe.gate_weighting))
         if self.target_bits is not None and (self.method != "rd" or not self.target_bits > 0):
             raise ArgumentError(
                 "illegal", field="target_bpw", value=self.target_bits, expected="more than 0, with method rd"
@@ -361,6 +362,9 @@ class _Evidence:
         calibration = options.calibration
         if calibration is None:
             return None
+        from .fingerprint import model_digest
+        from .store import Store
+
         model = model_digest(checkpoint)
         if calibration.store is not None:
             store = stack.enter_context(Store(calibration.store))
@@ -373,6 +377,7 @@ class _Evidence:
 
     def head(self, checkpoint: SourceCheckpoint, options: PackOptions) -> dict[str, object]:
         """What decides the output, for those who would go on from it."""
+        assert options.recipe is not None
         settings = {
             **options.recipe.to_json(),
             **self.options.to_json(),
@@ -456,7 +461,7 @@ class _Run:
                 summary = asdict(self.summary)
                 matrices = [line for line in summary.pop("matrices") if line["layer"] == layer.prefix]
                 kept = {
-                    "lam": self._recipe.lam,
+                    "lam": self._recipe.lam if self._recipe else 0.0,
                     "done": self._done,
                     "summary": summary,
                     "matrices": matrices,
@@ -475,6 +480,7 @@ class _Run:
             working = resume.layers[-1]["working"]
             matrices = [line for state in resume.layers for line in state["working"]["matrices"]]
             self.summary = PackSummary(**working["summary"], matrices=matrices)
+            assert self._recipe is not None
             self._recipe = replace(self._recipe, lam=float(working["lam"]))
             self._done = int(working["done"])
             return int(working["stage"]) if "stage" in working else None
@@ -493,13 +499,16 @@ class _Run:
             return NearestTernarizer(
                 self._checkpoint.weight, options.levels, options.level_format, options.thread_count
             )
-        calibration = evidence.options
+        from .calibrated import StoreTernarizer, StreamedExperts, StreamedTernarizer
+
+        calibration, recipe = evidence.options, self._recipe
+        assert recipe is not None
         if evidence.store is not None:
             if options.target_bits is not None and not self.summary.layers:
                 # Lambda does not matter to what is sampled
-                source = StoreTernarizer(evidence.store, self._checkpoint, calibration, self._recipe)
-                self._find_lam(source, options.target_bits)
-            return StoreTernarizer(evidence.store, self._checkpoint, calibration, self._recipe)
+                source = StoreTernarizer(evidence.store, self._checkpoint, calibration, recipe)
+                recipe = self._with_lam(source, recipe, options.target_bits)
+            return StoreTernarizer(evidence.store, self._checkpoint, calibration, recipe)
         windows = evidence.windows
         assert windows is not None
 
@@ -515,13 +524,17 @@ class _Run:
             )
 
         if options.target_bits is not None and not self.summary.layers:
-            self._find_lam(stream(self._layers, None), options.target_bits)
-        return StreamedTernarizer(stream(self._layers, stage), self._recipe)
+            recipe = self._with_lam(stream(self._layers, None), recipe, options.target_bits)
+        return StreamedTernarizer(stream(self._layers, stage), recipe)
 
-    def _find_lam(self, source: StreamedExperts | StoreTernarizer, target: float) -> None:
+    def _with_lam(
+        self, source: StreamedExperts | StoreTernarizer, recipe: RecipeSettings, target: float
+    ) -> RecipeSettings:
+        from .calibrated import find_lam
+
         seed = self._options.calibration.hessian.seed if self._options.calibration else 0
-        lam = find_lam(self._layers, source, self._recipe, target, seed)
-        self._recipe = replace(self._recipe, lam=lam)
+        self._recipe = replace(recipe, lam=find_lam(self._layers, source, recipe, target, seed))
+        return self._recipe
 
     def _add_layer(self, writer: PackedModelWriter, ternarizer: Ternarizer, layer: LayerSpec) -> None:
         dictionaries = DictionarySet(layer.experts * sum(p.rows * p.columns for p in layer.projections))

@@ -29,44 +29,11 @@ from qmoe_format.container import LayerSpec
 
 from .activations import Activations
 from .checkpoint import SourceCheckpoint
+from .options import StreamOptions
 from .text import TokenWindows
 
-BATCH_TOKENS = 4096
 MEMORY = "memory.h5"  # what an encoder gives to its decoder
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEVICES = ("cpu", "cuda")
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How the model is run.
-
-    Attributes
-    ----------
-    device : {"cpu", "cuda"}
-    dtype : {"float32", "bfloat16"}
-        What the dense layers compute in, and hidden states are kept in. Sums are always float32.
-    batch : int, optional
-        Windows that go through a layer at once; by default as many as make 4096 tokens.
-    """
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, choices in (("device", DEVICES), ("dtype", tuple(COMPUTE_DTYPES))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ArgumentError("unknown", field=name, value=value, expected=" or ".join(choices))
-        if self.batch is not None and self.batch < 1:
-            raise ArgumentError("illegal", field="batch", value=self.batch, expected="at least 1")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UnsupportedModelError("torch finds no such device", field="device", value="cuda")
-
-    def batch_windows(self, length: int) -> int:
-        """Windows of `length` tokens in a batch."""
-        return self.batch or max(1, BATCH_TOKENS // length)
 
 
 @dataclass
@@ -156,7 +123,7 @@ class StreamedModel:
     ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
-        self._device = torch.device(options.device)
+        self._device = torch_device(options.device)
         self._dtype = COMPUTE_DTYPES[options.dtype]
         self._batch = options.batch_windows(windows.tokens.shape[1])
         self._model, self._sources = _build(checkpoint, self._dtype)
@@ -466,6 +433,19 @@ class _Memory:
 
 
 _MEMORY: Any = _Memory()
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises
+    ------
+    UnsupportedModelError
+        torch finds no such device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModelError("torch finds no such device", field="device", value=name)
+    return torch.device(name)
 
 
 def _build(checkpoint: SourceCheckpoint, dtype: torch.dtype) -> tuple[Any, dict[str, str]]:
