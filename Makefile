@@ -43,8 +43,9 @@ sanitize: build/sanitize/.stamp ## run the tests that are not slow against a C c
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		QMOE_LIBRARY="$(CURDIR)/build/sanitize/libqmoe.so" $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-fuzz: build/sanitize/.stamp ## fuzz the C core for SECONDS=60, the same way for the same SEED=1
+fuzz: build/sanitize/.stamp ## fuzz the C library for SECONDS=60 each part, the same way for the same SEED=1
 	build/sanitize/fuzz_core $(SECONDS) $(SEED) $(wildcard spec/vectors/*/*.qmxd spec/vectors/*/*.qmxm)
+	build/sanitize/fuzz_model $(SECONDS) $(SEED) spec/vectors/valid/dictionary-trees-10.qmxd
 
 clean: ## remove .venv and all build outputs
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

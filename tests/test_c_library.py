@@ -536,6 +536,41 @@ except RefusalError as refusal:
     assert field == "memory_limit" and int(kilobytes) < 1024
 
 
+# ---- by the sanitizers ------------------------------------------------------------------------------------
+
+DICTIONARY = ROOT / "spec/vectors/valid/dictionary-trees-10.qmxd"
+
+
+def run_in(folder: Path, *command: str | Path) -> str:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    assert not list(folder.iterdir()), "it left something: a finding, or its files"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_mutated_models_do_no_harm(address_build: Path, tmp_path: Path) -> None:
+    """For a few seconds; ``make fuzz SECONDS=600`` goes on for longer."""
+    counts = json.loads(run_in(tmp_path, address_build / "fuzz_model", "4", "1", DICTIONARY))
+    # Enough of each must come about, or nothing was tested.
+    assert counts["executions"] > 50 and counts["experts"] > counts["executions"]
+    assert min(counts["opened"], counts["refused"], counts["shards"]) > counts["executions"] / 20
+    assert counts["limited"]
+
+
+@pytest.mark.slow
+def test_threads_that_share_a_model_do_not_race(thread_build: Path, tmp_path: Path) -> None:
+    said = run_in(tmp_path, thread_build / "fuzz_model", "threads", DICTIONARY)
+    assert said == "fuzz_model: no fault among threads\n"
+
+
 # ---- how it is installed ----------------------------------------------------------------------------------
 
 
@@ -561,6 +596,8 @@ def test_the_library_needs_libc_alone() -> None:
         pytest.skip("NOT TESTED: what the library needs; there is no readelf, or this is not Linux")
     listed = subprocess.run([readelf, "-d", library()._name], capture_output=True, text=True, check=True)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", listed.stdout))
+    if any("san.so" in name for name in needed):
+        pytest.skip("this library is built with sanitizers")
     assert {name.partition(".so")[0] for name in needed} <= {
         "libc",
         "libm",
