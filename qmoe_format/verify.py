@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qmoe_codec import MEMORY_LIMIT, FrameHeader, Matrix, crc32c, flipped_bit, read_frame_header
-from qmoe_codec.errors import ChecksumError, FormatError, PayloadError
+from qmoe_codec.errors import ChecksumError, FormatError, HeaderError, PayloadError
 
-from .container import STORE_INDEX
-from .files import sha256_file
+from .container import CONFIG, MANIFEST, STORE_INDEX
+from .files import read_json_object, sha256_file
 from .reader import PackedLayer, PackedModel, open_model
 
 _FRAME_HEADER_BYTES = 64
@@ -109,6 +109,7 @@ class _Verification:
 
     def run(self) -> VerifyReport:
         model = self._model
+        self._check_versions()
         with ThreadPoolExecutor(1) as hasher:
             digests: dict[str, Future[str]] = {
                 name: hasher.submit(sha256_file, model.path / name, self._advance) for name in model.files
@@ -130,6 +131,17 @@ class _Verification:
             dense_tensors=len(model.dense_names()),
             dense_frames=frames,
         )
+
+    def _check_versions(self) -> None:
+        """The manifest's version, which no hash covers, against the configuration's, which one does."""
+        path = self._model.path / MANIFEST
+        found = read_json_object(path).get("version")
+        quantization = self._model.config["quantization_config"]
+        expected = quantization.get("version") if isinstance(quantization, dict) else None
+        if found != expected:
+            raise HeaderError(
+                f"contradicts {CONFIG}", file=path, field="version", value=found, expected=expected
+            )
 
     def _check_content(self) -> int:
         """All layers and dense tensors; how many of these are frames."""
