@@ -27,6 +27,9 @@ STORE, STORE_INDEX, DICTIONARIES, ZSTD = ".qmoe_store", ".qmoe_index", ".qmoe_di
 #: Endings of tensor names that the format keeps for itself (spec 6.2).
 RESERVED_SUFFIXES = (STORE, STORE_INDEX, DICTIONARIES, ZSTD)
 
+#: Endings of sections, known and not: one of a later minor version is left aside (spec 1.2).
+SECTION = re.compile(r"\.qmoe_[a-z0-9_]+\Z")
+
 ROLES = ("gate", "up", "down")
 RECORD_ALIGNMENT = 256
 MAXIMUM_SIDE = 1 << 24
@@ -43,8 +46,10 @@ def round_up(number: int, multiple: int) -> int:
 def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
     """Sort key that puts layer 10 after layer 2."""
     parts = re.split(r"([0-9]+)", name)
-    # A run of thousands of digits is no number of anything, and int() would refuse it.
-    return tuple((True, int(p), "") if p.isdigit() and len(p) < 20 else (False, 0, p) for p in parts)
+    # A run of thousands of digits is no number of anything, and int() would refuse it, as it does "²".
+    return tuple(
+        (True, int(p), "") if p.isascii() and p.isdigit() and len(p) < 20 else (False, 0, p) for p in parts
+    )
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,7 @@ class QuantizationConfig:
                 expected=repr(FORMAT),
             )
         check_version(value.get("version"), file, f"{name}: version")
+        _check_requires(value.get("requires", []), file, f"{name}: requires")
         layers, layer_bytes = {}, {}
         entries = _object(value.get("layers"), HeaderError, f"{name}: layers", file)
         for prefix in sorted(entries, key=natural_key):
@@ -290,6 +296,18 @@ class QuantizationConfig:
         dense = _object(value.get("dense_zstd", {}), HeaderError, f"{name}: dense_zstd", file)
         dense_zstd = {key: _size(size, file, f"{name}: dense_zstd: {key}") for key, size in dense.items()}
         return cls(layers, layer_bytes, dense_zstd)
+
+
+def _check_requires(value: object, file: object, field: str) -> None:
+    """What a reader must know beyond version 1.0 (spec 1.2): this one knows of nothing."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise HeaderError(
+            "illegal", file=file, field=field, value=repr(value)[:40], expected="a list of strings"
+        )
+    if value:
+        raise VersionError(
+            "not known to this reader", file=file, field=field, value=repr(value[0])[:40], expected="nothing"
+        )
 
 
 def _size(value: object, file: object, field: str) -> int:

@@ -26,6 +26,7 @@ from test_safetensors_io import FAULTS
 
 import qmoe_format
 from qmoe_format import FormatError, QMoEError
+from qmoe_format.container import natural_key
 from qmoe_format.safetensors_io import SafetensorsFile
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +131,39 @@ def test_a_shard_can_be_read_alone(packed: Path, options: int) -> None:
                 with model.expert(0, 1) as expert:
                     trits = layer.matrix(1, projection.name).decode()
                     np.testing.assert_array_equal(expert.matrices[number].decode(), trits)
+
+
+ODD_NAMES = ["a.10", "a.9", "a.010", "a.1²", "²", "٣.1", "10", "9", "a.", "a", "é1", "z9z10", "z9z9",
+             "a." + "9" * 19, "a." + "1" * 20, "a." + "9" * 30, "\U0001f600", "\uffff"]  # fmt: skip
+
+
+def test_layers_come_in_natural_order(small: Path, tmp_path: Path) -> None:
+    with qmoe_format.open(small) as model:
+        layer = model.layer(layer_spec(0).prefix)
+        parts = {
+            "qmoe_store": ("U8", bytes(layer.store)),
+            "qmoe_index": ("I64", layer.index.tobytes()),
+            "qmoe_dictionaries": ("U8", bytes(layer.dictionary_bytes)),
+        }
+    header, data = {}, b""
+    for name in ODD_NAMES:
+        data += bytes(-len(data) % 256)
+        if len(data) > (start := max((entry["data_offsets"][1] for entry in header.values()), default=0)):
+            entry = {"dtype": "U8", "shape": [len(data) - start], "data_offsets": [start, len(data)]}
+            header[f"filling{len(header)}"] = entry
+        for ending, (dtype, content) in parts.items():
+            shape = [len(content)] if dtype == "U8" else [2, 3]
+            header[f"{name}.{ending}"] = {
+                "dtype": dtype,
+                "shape": shape,
+                "data_offsets": [len(data), len(data) + len(content)],
+            }
+            data += content
+    (tmp_path / "a.safetensors").write_bytes(join(header, data))
+    with Model(tmp_path / "a.safetensors") as model:
+        found = [model.layer(i).prefix.decode() for i in range(model.layer_count())]
+    assert found == sorted(sorted(ODD_NAMES), key=natural_key)
+    assert found.index("a.9") < found.index("a.10") and found.index("z9z9") < found.index("z9z10")
 
 
 def test_threads_share_a_model(packed: Path) -> None:

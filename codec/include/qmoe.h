@@ -169,7 +169,7 @@ typedef struct qmoe_expert qmoe_expert;
  * the SHA-256 of the manifest are left to qmoe-verify. A shard alone has no names for its projections: `name`, `role`,
  * `tensor` and the layer's `dtype` are "", and their shapes are those of the layer's first expert.
  *
- * options: 0, or QMOE_READ.
+ * options: 0, or QMOE_READ, which keeps a file descriptor for each shard open.
  * memory_limit: most bytes for headers, indices and dictionaries with their tables, mapped files not counted;
  *     QMOE_MEMORY if more are needed. 0 for no limit.
  *
