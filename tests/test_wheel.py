@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"qmoe_codec", "qmoe_format", "qmoe_quantize"}
+PACKAGES = {"qmoe_codec", "qmoe_format", "qmoe_gpu_decode", "qmoe_quantize"}
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +102,9 @@ def test_the_wheel_holds_the_packages_alone(wheel: Path) -> None:
     assert "qmoe_codec/include/qmoe.h" in names
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     other = [name for name in names if ".dist-info/" not in name and not name.endswith((".py", "/py.typed"))]
-    assert set(other) == {library, "qmoe_codec/include/qmoe.h"}
+    kernels = {name for name in other if re.fullmatch(r"qmoe_gpu_decode/kernels/\w+\.cuh?", name)}
+    assert {"qmoe_gpu_decode/kernels/decode.cu", "qmoe_gpu_decode/kernels/common.cuh"} <= kernels
+    assert set(other) - kernels == {library, "qmoe_codec/include/qmoe.h"}
     assert not [name for name in names if re.search(r"(^|/)(conftest|tests?)\b|/test_", name)]
     assert any(name.endswith("licenses/LICENSE") for name in names)
     required = [text for text in fields.get_all("Requires-Dist", []) if "extra ==" not in text]

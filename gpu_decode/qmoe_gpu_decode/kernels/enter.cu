@@ -1,0 +1,76 @@
+// hidden[pair] = act(gate(x)) * up(x): the experts' first half; experts.cuh says what for.
+//
+// -DTOKENS, -DWARPS, -DX_KIND; -DGATED: whether there is a gate
+// -DACTIVATION: 0 none, 1 SiLU, 2 GELU, 3 GELU by tanh, 4 ReLU
+#include "experts.cuh"
+
+__device__ inline float activation(float value) {
+#if ACTIVATION == 1
+    return value / (1.0f + expf(-value));
+#elif ACTIVATION == 2
+    return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
+#elif ACTIVATION == 3
+    return 0.5f * value * (1.0f + tanhf(0.79788456080286536f * (value + 0.044715f * value * value * value)));
+#elif ACTIVATION == 4
+    return value > 0.0f ? value : 0.0f;
+#else
+    return value;
+#endif
+}
+
+// grid: x rows, y tiles. matrices [experts][projections]: number `up` and, with a gate, number `gate`.
+template <u32 COUNT>
+__device__ inline void enter_tile(const Matrix &matrix, const Matrix &gates, const u32 *all_tables, const Tile &tile,
+                                  const RoutedTile &routed, float *hidden, u8 *shared, u32 table_bytes, u8 *staged,
+                                  u32 *list) {
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 *tables = load_tables(matrix, all_tables, shared);
+#if GATED
+    const u32 *gate_tables = load_tables(gates, all_tables, shared + table_bytes);
+#else
+    (void)gates;
+    (void)table_bytes;
+#endif
+    stage_tile<COUNT>(tile, staged);
+    __syncthreads();
+    for (u64 row = (u64)blockIdx.x * WARPS + warp; row < matrix.rows; row += (u64)gridDim.x * WARPS) {
+        Product product = Multiplication<COUNT>::row(matrix, (u32)row, tables, tile, list, lane);
+        float value = product.value;
+#if GATED
+        value *= activation(Multiplication<COUNT>::row(gates, (u32)row, gate_tables, tile, list, lane).value);
+#else
+        value = activation(value);
+#endif
+        if (product.stores && product.token < routed.count) {
+            hidden[(u64)(routed.first + product.token) * matrix.rows + row] = value;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+    enter(const Matrix *matrices, u32 projections, u32 gate, u32 up, const u32 *all_tables, const u8 *x,
+          const u32 *order, u32 choices, const RoutedTile *tiles, float *hidden, u32 table_bytes, u32 x_bytes) {
+    DYNAMIC_SHARED(shared);
+    __shared__ u32 numbers[TOKENS];
+    const RoutedTile routed = tiles[blockIdx.y];
+    if (routed.count == 0) {
+        return;
+    }
+    __shared__ Matrix matrix, gates;
+    matrices += (u64)routed.expert * projections;
+    load_descriptor(matrix, matrices[up]);
+    if (GATED) {
+        load_descriptor(gates, matrices[gate]);
+    }
+    fill_numbers(routed, order, choices, false, numbers);
+    u8 *staged = shared + (GATED ? 2 : 1) * table_bytes;
+    u32 *list = (u32 *)(void *)(staged + x_bytes) + (TOKENS > 1 ? threadIdx.x / WARP * STEP_NONZEROS : 0);
+    const Tile tile = {x, staged, numbers, matrix.columns};
+#if TOKENS > 1
+    if (routed.count > 1) {
+        enter_tile<TOKENS>(matrix, GATED ? gates : matrix, all_tables, tile, routed, hidden, shared, table_bytes, staged, list);
+        return;
+    }
+#endif
+    enter_tile<1>(matrix, GATED ? gates : matrix, all_tables, tile, routed, hidden, shared, table_bytes, staged, list);
+}

@@ -1,0 +1,259 @@
+// A packed row times a tile of tokens, by one warp. The row is never unpacked.
+//
+// An output is high * (sum of x where the row has +1) + low * (sum of x where it has -1): the two levels are applied
+// once a row. x lies in shared memory as [column][token], in its own dtype, with zeros for NO_POSITION + 1 columns
+// behind the last, so that a phrase that reaches past the row's end adds nothing; no address needs a check of its own.
+//
+// One token: each lane gathers the x of its own phrases' non-zeros into two accumulators.
+// More: the non-zeros of a step become two lists of columns in shared memory, +1 from its front, -1 from its back;
+// then the lanes share the lists out, each loading 16 bytes of x (up to eight tokens) for a non-zero.
+//
+// -DX_KIND: dtype of x: 0 float32, 1 bfloat16, 2 float16
+// -DX_SHARED=0: x does not fit into shared memory and is read where it lies, through the caches
+#pragma once
+#include "walk.cuh"
+
+constexpr u32 X_SIZE = kind_size(X_KIND);
+constexpr u32 X_ROOM = NO_POSITION + 1; // columns of zeros behind the last
+
+// The tokens of a tile: number `t` is row tokens[t] of x [..., columns]; those not there have number NO_TOKEN.
+constexpr u32 NO_TOKEN = 0xffffffffu;
+
+struct Tile {
+    const u8 *x;      // in global memory
+    const u8 *staged; // in shared memory
+    const u32 *tokens;
+    u32 columns;
+};
+
+__device__ inline u32 token_bits(const Tile &tile, u32 token, u32 column) {
+    u32 number = tile.tokens[token];
+    return number == NO_TOKEN || column >= tile.columns
+               ? 0
+               : load_bits<X_KIND>(tile.x, (u64)number * tile.columns + column);
+}
+
+// How a tile of TILE tokens is loaded: PARTS lanes load a column, WORDS words of 32 bits each, of EACH tokens.
+template <u32 TILE> struct Shape {
+    static constexpr u32 BYTES = TILE * X_SIZE;
+    static constexpr u32 VECTOR = BYTES < 16 ? BYTES : 16;
+    static constexpr u32 PARTS = BYTES / VECTOR;
+    static constexpr u32 WORDS = VECTOR < 4 ? 1 : VECTOR / 4;
+    static constexpr u32 EACH = VECTOR / X_SIZE;
+    static constexpr u32 GROUPS = WARP / PARTS;
+};
+
+// One vector of a staged column: 4, 8 or 16 bytes.
+template <u32 TILE> __device__ inline void stage_vector(const Tile &tile, u32 column, u32 first, u8 *to) {
+    using S = Shape<TILE>;
+    u32 words[S::WORDS];
+#pragma unroll
+    for (u32 w = 0; w < S::WORDS; w++) {
+        words[w] = X_SIZE == 4 ? token_bits(tile, first + w, column)
+                               : token_bits(tile, first + 2 * w, column) |
+                                     token_bits(tile, first + 2 * w + 1, column) << 16;
+    }
+    if (S::WORDS == 4) {
+        store<uint4>(to, make_uint4(words[0], words[1 % S::WORDS], words[2 % S::WORDS], words[3 % S::WORDS]));
+    } else if (S::WORDS == 2) {
+        store<uint2>(to, make_uint2(words[0], words[1 % S::WORDS]));
+    } else {
+        store<u32>(to, words[0]);
+    }
+}
+
+// Bring a tile's x to shared memory, by the whole block; __syncthreads() has to follow.
+template <u32 TILE> __device__ inline void stage_tile(const Tile &tile, u8 *staged) {
+#if X_SHARED
+    using S = Shape<TILE>;
+    const u32 vectors = (tile.columns + X_ROOM) * S::PARTS;
+    for (u32 i = threadIdx.x; i < vectors; i += blockDim.x) {
+        const u32 column = i / S::PARTS, first = i % S::PARTS * S::EACH;
+        u8 *to = staged + (u64)i * S::VECTOR;
+        if constexpr (S::VECTOR == 2) {
+            store<u16>(to, (u16)token_bits(tile, 0, column));
+        } else {
+            stage_vector<TILE>(tile, column, first, to);
+        }
+    }
+#else
+    (void)tile;
+    (void)staged;
+#endif
+}
+
+// Tokens part * EACH … of a column, as floats.
+template <u32 TILE> __device__ inline void load_tokens(const Tile &tile, u32 column, u32 part, float *values) {
+    using S = Shape<TILE>;
+#if X_SHARED
+    const u8 *from = tile.staged + ((u64)column * S::PARTS + part) * S::VECTOR;
+    u32 words[4];
+    if (S::VECTOR == 2) {
+        words[0] = load<u16>(from);
+    } else if (S::WORDS == 4) {
+        uint4 all = load<uint4>(from);
+        words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+    } else if (S::WORDS == 2) {
+        uint2 all = load<uint2>(from);
+        words[0] = all.x, words[1] = all.y;
+    } else {
+        words[0] = load<u32>(from);
+    }
+#pragma unroll
+    for (u32 t = 0; t < S::EACH; t++) {
+        values[t] = to_float<X_KIND>(X_SIZE == 4 ? words[t] : words[t / 2] >> (t % 2 * 16) & 0xffff);
+    }
+#else
+#pragma unroll
+    for (u32 t = 0; t < S::EACH; t++) {
+        values[t] = to_float<X_KIND>(token_bits(tile, part * S::EACH + t, column));
+    }
+#endif
+}
+
+// Sum of values[0 … COUNT - 1] over the lanes whose number differs in the bits from STEP up. Halving: each exchange
+// leaves a lane with half of the values; `kept` says which one is left at the end.
+template <u32 COUNT, u32 STEP> __device__ inline float spread_sum(float *values, u32 lane, u32 &kept) {
+    kept = 0;
+    u32 count = COUNT;
+#pragma unroll
+    for (u32 distance = WARP / 2; distance >= STEP && distance; distance /= 2) {
+        if (count > 1) {
+            bool upper = lane & distance;
+            count /= 2;
+            kept += upper ? count : 0;
+#pragma unroll
+            for (u32 i = 0; i < COUNT / 2; i++) {
+                if (i < count) {
+                    float mine = upper ? values[i + count] : values[i];
+                    float other = upper ? values[i] : values[i + count];
+                    values[i] = mine + __shfl_xor_sync(ALL_LANES, other, distance);
+                }
+            }
+        } else {
+            values[0] += __shfl_xor_sync(ALL_LANES, values[0], distance);
+        }
+    }
+    return values[0];
+}
+
+// What a lane has at the end of a row: the output of one token, and whether it is the one to store it.
+struct Product {
+    float value;
+    u32 token;
+    bool stores;
+};
+
+template <u32 TILE> struct Multiplication;
+
+// ---- one token ----
+
+template <> struct Multiplication<1> {
+    static __device__ inline Product row(const Matrix &matrix, u32 row, const u32 *tables, const Tile &tile, u32 *list,
+                                         u32 lane) {
+        (void)list;
+        float low = 0.0f, high = 0.0f;
+        auto gather = [&](const u32(&words)[SHARE], u32 share, u32 column) {
+#pragma unroll
+            for (u32 k = 0; k < SHARE; k++) {
+                if (k < share) {
+                    u32 start = smaller(column, tile.columns); // then start + position lies in x and the zeros behind
+#pragma unroll
+                    for (u32 n = 0; n < NONZEROS; n++) {
+                        u32 position = word_position(words[k], n);
+                        if (position != NO_POSITION) {
+                            float value;
+                            load_tokens<1>(tile, start + position, 0, &value);
+                            if (word_negative(words[k], n)) {
+                                low += value;
+                            } else {
+                                high += value;
+                            }
+                        }
+                    }
+                    column += word_length(words[k]);
+                }
+            }
+        };
+        walk_row(matrix, row, tables, lane, gather);
+        Levels levels = row_levels(matrix, row);
+        return {warp_sum(levels.high * high + levels.low * low), 0, lane == 0};
+    }
+};
+
+// ---- more tokens ----
+
+template <u32 TILE> struct Multiplication {
+    static __device__ inline Product row(const Matrix &matrix, u32 row, const u32 *tables, const Tile &tile, u32 *list,
+                                         u32 lane) {
+        using S = Shape<TILE>;
+        const u32 part = lane % S::PARTS, group = lane / S::PARTS;
+        float low[S::EACH], high[S::EACH];
+#pragma unroll
+        for (u32 t = 0; t < S::EACH; t++) {
+            low[t] = high[t] = 0.0f;
+        }
+        auto add_lists = [&](const u32(&words)[SHARE], u32 share, u32 column) {
+            u32 counts = 0; // of +1, and of -1 times 2^16
+#pragma unroll
+            for (u32 k = 0; k < SHARE; k++) {
+                if (k < share) {
+#pragma unroll
+                    for (u32 n = 0; n < NONZEROS; n++) {
+                        counts += word_position(words[k], n) == NO_POSITION ? 0 : word_negative(words[k], n) ? 1u << 16 : 1u;
+                    }
+                }
+            }
+            u32 ends = warp_scan(counts, lane), starts = ends - counts;
+            u32 totals = __shfl_sync(ALL_LANES, ends, WARP - 1);
+            u32 next_high = starts & 0xffff, next_low = STEP_NONZEROS - 1 - (starts >> 16);
+#pragma unroll
+            for (u32 k = 0; k < SHARE; k++) {
+                if (k < share) {
+                    u32 start = smaller(column, tile.columns);
+#pragma unroll
+                    for (u32 n = 0; n < NONZEROS; n++) {
+                        u32 position = word_position(words[k], n);
+                        if (position != NO_POSITION) {
+                            bool negative = word_negative(words[k], n);
+                            list[negative ? next_low : next_high] = start + position;
+                            next_low -= negative ? 1 : 0;
+                            next_high += negative ? 0 : 1;
+                        }
+                    }
+                    column += word_length(words[k]);
+                }
+            }
+            __syncwarp();
+            const u32 highs = totals & 0xffff, lows = totals >> 16;
+            for (u32 i = group; i < highs; i += S::GROUPS) {
+                float values[S::EACH];
+                load_tokens<TILE>(tile, list[i], part, values);
+#pragma unroll
+                for (u32 t = 0; t < S::EACH; t++) {
+                    high[t] += values[t];
+                }
+            }
+            for (u32 i = group; i < lows; i += S::GROUPS) {
+                float values[S::EACH];
+                load_tokens<TILE>(tile, list[STEP_NONZEROS - 1 - i], part, values);
+#pragma unroll
+                for (u32 t = 0; t < S::EACH; t++) {
+                    low[t] += values[t];
+                }
+            }
+            __syncwarp();
+        };
+        walk_row(matrix, row, tables, lane, add_lists);
+        Levels levels = row_levels(matrix, row);
+#pragma unroll
+        for (u32 t = 0; t < S::EACH; t++) {
+            high[t] = levels.high * high[t] + levels.low * low[t];
+        }
+        u32 kept;
+        float value = spread_sum<S::EACH, S::PARTS>(high, lane, kept);
+        // Of the lanes of a part, EACH have a token each; the bits below those that chose it are zero in one of them.
+        constexpr u32 REST = S::GROUPS / S::EACH;
+        return {value, part * S::EACH + kept, group % REST == 0};
+    }
+};

@@ -1,0 +1,271 @@
+"""The GPU kernels on the host (gpu_decode/shim), against NumPy: all of them, odd shapes, damaged frames."""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import qmoe_codec
+from qmoe_codec import Dictionary, build_dictionary, encode, round_levels
+from strategies import table_dictionary
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "gpu_decode" / "shim"))
+
+from host import HostDevice  # noqa: E402
+from qmoe_gpu_decode.experts import ExpertProjection, PackedExperts, launch_experts  # noqa: E402
+from qmoe_gpu_decode.matrices import PackedMatrices  # noqa: E402
+from qmoe_gpu_decode.products import ARRAY_DTYPES, launch_decode, launch_matmul, make_plan  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="GPU KERNELS NOT TESTED: there is no g++")
+
+RED = 512  # bytes of red zone on both sides of what a kernel writes
+
+
+@pytest.fixture(scope="session")
+def device(tmp_path_factory: pytest.TempPathFactory) -> HostDevice:
+    return HostDevice(tmp_path_factory.mktemp("kernels"))
+
+
+@dataclass
+class Packed:
+    trits: np.ndarray
+    levels: np.ndarray
+    frame: bytes
+    dictionaries: dict[int, Dictionary]
+
+    @property
+    def weights(self) -> np.ndarray:
+        return qmoe_codec.dequantize(self.frame, self.dictionaries, backend="reference").astype(np.float64)
+
+
+def dictionaries_of(bits: int, count: int) -> list[Dictionary]:
+    if bits == 0:
+        return []
+    if bits == 16:
+        return [table_dictionary(16)]
+    return [build_dictionary(p, bits) for p in (0.885, 0.7, 0.5, 0.97)[:count]]
+
+
+def pack(
+    rng: np.random.Generator,
+    rows: int,
+    columns: int,
+    bits: int,
+    *,
+    count: int = 1,
+    level_format: str = "bfloat16",
+) -> Packed:
+    """A matrix whose rows are of all densities, some of them empty, full or with zeros at the end."""
+    density = rng.choice([0.0, 0.03, 0.12, 0.12, 0.12, 0.4, 1.0], (rows, 1))
+    trits = np.where(rng.random((rows, columns)) < density, rng.choice([-1, 1], (rows, columns)), 0)
+    trits[::5, columns // 2 :] = 0
+    levels = rng.uniform(0.5, 2, (rows, 2)) * (-1, 1)
+    levels = round_levels(levels.astype(np.float32), level_format)
+    dictionaries = dictionaries_of(bits, count)
+    selectors = rng.integers(0, max(1, len(dictionaries)), rows).astype(np.uint8)
+    frame = encode(trits, levels, dictionaries or None, level_format=level_format, selectors=selectors)
+    return Packed(trits.astype(np.int8), levels, frame, {d.dictionary_id: d for d in dictionaries})
+
+
+def guarded(device: HostDevice, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """An array full of a pattern, and all of the memory that it lies in."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = device.empty((size + 2 * RED,), "uint8")
+    return memory[RED : RED + size].view(dtype).reshape(shape), memory
+
+
+def check_guard(memory: np.ndarray) -> None:
+    assert (memory[:RED] == 0xA5).all() and (memory[-RED:] == 0xA5).all()
+
+
+def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 as the kernels take it: bfloat16 as uint16."""
+    return qmoe_codec.reference.convert(values.astype(np.float32), dtype)
+
+
+def from_bits(array: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return array.astype(np.float64)
+
+
+SHAPES = [(1, 1), (37, 123), (40, 301), (9, 2080), (3, 5000), (64, 256)]
+
+
+@pytest.mark.parametrize("bits", [0, 8, 10, 12, 16])
+@pytest.mark.parametrize("dtype", ["int8", "float32", "bfloat16", "float16"])
+def test_decode(device: HostDevice, bits: int, dtype: str) -> None:
+    rng = np.random.default_rng()
+    for number, (rows, columns) in enumerate(SHAPES):
+        level_format = qmoe_codec.LEVEL_FORMATS[number % 4]
+        packed = pack(rng, rows, columns, bits, count=1 + number % 4, level_format=level_format)
+        matrices = PackedMatrices([packed.frame], packed.dictionaries, device)
+        out, memory = guarded(device, (1, rows, columns), ARRAY_DTYPES[dtype])
+        launch_decode(matrices, out, dtype)
+        expected = (
+            packed.trits
+            if dtype == "int8"
+            else qmoe_codec.dequantize(packed.frame, packed.dictionaries, dtype)
+        )
+        np.testing.assert_array_equal(out[0], expected)
+        check_guard(memory)
+
+
+def test_decode_of_several_matrices(device: HostDevice) -> None:
+    rng = np.random.default_rng()
+    several = [pack(rng, 9, 333, 10) for _ in range(3)]
+    matrices = PackedMatrices([p.frame for p in several], several[0].dictionaries, device)
+    out = device.empty((2, 9, 333), "int8")
+    launch_decode(matrices, out, "int8", first=1, count=2)
+    np.testing.assert_array_equal(out, [p.trits for p in several[1:]])
+
+
+def product_bound(x: np.ndarray, weights: np.ndarray, columns: int) -> np.ndarray:
+    return (columns + 8) * 2.0**-24 * (np.abs(x) @ np.abs(weights).T) + 1e-30
+
+
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+def check_product(
+    device: HostDevice, packed: Packed, tokens: int, dtypes: tuple[str, str], rng: np.random.Generator
+) -> None:
+    rows, columns = packed.trits.shape
+    matrices = PackedMatrices([packed.frame], packed.dictionaries, device)
+    bits = to_bits(rng.normal(size=(tokens, columns)) / 8, dtypes[0])
+    x, weights = from_bits(bits, dtypes[0]), packed.weights
+    y, memory = guarded(device, (tokens, rows), ARRAY_DTYPES[dtypes[1]])
+    launch_matmul(matrices, device.upload(bits), y, tokens, dtypes)
+    expected = x @ weights.T
+    bound = product_bound(x, weights, columns) + ROUNDING[dtypes[1]] * np.abs(expected) * 1.01 + 1e-7
+    assert (np.abs(from_bits(y, dtypes[1]) - expected) <= bound).all()
+    check_guard(memory)
+
+
+# One token, a tile, several tiles with a rest; each a specialisation of its own.
+PRODUCTS = [
+    (1, "bfloat16", "bfloat16"),
+    (1, "float32", "float32"),
+    (2, "float16", "float16"),
+    (3, "bfloat16", "float32"),
+    (11, "bfloat16", "bfloat16"),
+    (8, "float32", "float32"),
+    (32, "bfloat16", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "x_dtype", "y_dtype"), PRODUCTS)
+def test_matmul(device: HostDevice, tokens: int, x_dtype: str, y_dtype: str) -> None:
+    rng = np.random.default_rng()
+    for number, bits in enumerate([0, 8, 10, 12, 16]):
+        for rows, columns in [SHAPES[number], SHAPES[(number + tokens) % len(SHAPES)]]:
+            packed = pack(rng, rows, columns, bits, count=1 + number % 4)
+            check_product(device, packed, tokens, (x_dtype, y_dtype), rng)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_matmul_without_room_in_shared_memory(device: HostDevice, tokens: int) -> None:
+    rng = np.random.default_rng()
+    small = HostDevice(device.folder, shared_limit=28 << 10 if tokens > 1 else 2048)
+    packed = pack(rng, 21, 14000, 12, count=4)
+    check_product(small, packed, tokens, ("float32", "float32"), rng)
+    assert all("#define X_SHARED 0" in unit.read_text("utf-8") for unit in small.units)
+
+
+def test_plans_stay_within_shared_memory() -> None:
+    from qmoe_gpu_decode.matrices import Needs
+
+    for limit in (99 << 10, 163 << 10, 227 << 10):
+        for columns in (1, 768, 6144, 50000, 1 << 24):
+            for tokens in (1, 8, 32):
+                for table_bytes in (0, 8 << 10, 128 << 10, 256 << 10):
+                    plan = make_plan(Needs(31, table_bytes), columns, tokens, 0, limit)
+                    assert plan.shared_bytes <= limit - 256
+                    assert plan.tokens <= tokens
+
+
+# ---- experts ----
+
+
+@dataclass
+class Layer:
+    experts: PackedExperts
+    weights: list[dict[str, np.ndarray]]
+
+
+def make_layer(
+    device: HostDevice, rng: np.random.Generator, experts: int, hidden: int, intermediate: int, *, gated: bool
+) -> Layer:
+    """Experts of all codecs and several dictionaries, in a store as the spec has it."""
+    shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    roles = [role for role in shapes if gated or role != "gate"]
+    store, index, weights = bytearray(), [], []
+    dictionaries: dict[int, Dictionary] = {}
+    for expert in range(experts):
+        matrices = {
+            role: pack(rng, *shapes[role], (10, 8, 12, 0)[expert % 4], count=1 + expert % 2) for role in roles
+        }
+        offset = len(store)
+        for packed in matrices.values():
+            store += packed.frame
+            dictionaries |= packed.dictionaries
+        index.append((offset, len(store) - offset, -1))
+        store += b"\0" * (-len(store) % 256)
+        weights.append({role: packed.weights for role, packed in matrices.items()})
+    projections = [ExpertProjection(role, *shapes[role]) for role in roles]
+    packed_experts = PackedExperts(store, np.array(index), dictionaries, projections, device)
+    return Layer(packed_experts, weights)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choices", "gated", "dtype"),
+    [(1, 3, True, "bfloat16"), (9, 2, True, "bfloat16"), (40, 3, True, "bfloat16"), (7, 1, False, "float32")],
+)
+def test_experts(device: HostDevice, tokens: int, choices: int, gated: bool, dtype: str) -> None:
+    rng = np.random.default_rng()
+    layer = make_layer(device, rng, 6, 100, 75, gated=gated)
+    bits = to_bits(rng.normal(size=(tokens, 100)) / 10, dtype)
+    x = from_bits(bits, dtype)
+    # Experts 2 and 4 get nothing; an index equal to the number of experts, and a negative one, are skipped.
+    index = rng.choice([0, 1, 3, 5, 5, 6, -1], (tokens, choices)).astype(np.int64)
+    shares = rng.random((tokens, choices)).astype(np.float32)
+    y, memory = guarded(device, (tokens, 100), ARRAY_DTYPES[dtype])
+    name, function = ("silu", silu) if gated else ("relu", relu)
+    launch_experts(
+        layer.experts,
+        device.upload(bits),
+        device.upload(index),
+        device.upload(shares),
+        y,
+        tokens,
+        choices,
+        name,
+        (dtype, "int64", "float32"),
+        allocate=device.empty,
+    )
+    expected, scale = np.zeros((tokens, 100)), np.zeros((tokens, 100))
+    for token in range(tokens):
+        for expert, share in zip(index[token], shares[token], strict=True):
+            if 0 <= expert < 6:
+                w = layer.weights[expert]
+                entered = (
+                    function(w["gate"] @ x[token]) * (w["up"] @ x[token])
+                    if gated
+                    else function(w["up"] @ x[token])
+                )
+                expected[token] += share * (w["down"] @ entered)
+                scale[token] += share * (np.abs(w["down"]) @ np.abs(entered))
+    bound = 2e-5 * scale + ROUNDING[dtype] * np.abs(expected) * 1.01 + 1e-7
+    assert (np.abs(from_bits(y, dtype) - expected) <= bound).all()
+    check_guard(memory)
