@@ -412,6 +412,12 @@ def test_shared_bytes_do_not_fill_the_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_memory_limit(file: Path) -> None:
+    verify_hdf5(file, memory_limit=1 << 20)
+    with pytest.raises(qmoe_format.QMoEError, match="limit"):
+        verify_hdf5(file, memory_limit=100)
+
+
 def test_frames_are_checked_not_only_sums(tmp_path: Path) -> None:
     """A fault that manifest and sums agree with is found in the frame, and named."""
     model = write_model(tmp_path / "model", zstd=False)
@@ -472,6 +478,7 @@ def test_contradictions_with_the_configuration(model: Path, tmp_path: Path) -> N
             "not in both",
         ),
         (lambda m: m["files"].pop("config.json"), "manifest.json", "not named"),
+        (lambda m: m.update(version="1.7"), "manifest.json", "version: contradicts config.json"),
     ):
         spoil(change, file, message)
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from qmoe_codec import MEMORY_LIMIT
 from qmoe_codec.errors import ArgumentError
 
 from ..files import PartialDirectory, PartialFile, os_errors
@@ -128,7 +129,12 @@ def from_hdf5(
             directory.discard()
 
 
-def verify_hdf5(path: str | os.PathLike[str], *, progress: Progress | None = None) -> VerifyReport:
+def verify_hdf5(
+    path: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+) -> VerifyReport:
     """Check all of a packed model in an HDF5 file: structure, every frame, every checksum.
 
     Parameters
@@ -137,6 +143,8 @@ def verify_hdf5(path: str | os.PathLike[str], *, progress: Progress | None = Non
         A file that :func:`to_hdf5` wrote.
     progress : callable, optional
         Called with the bytes done, and the bytes in all.
+    memory_limit : int
+        Most bytes of one decompressed tensor.
 
     Returns
     -------
@@ -147,12 +155,14 @@ def verify_hdf5(path: str | os.PathLike[str], *, progress: Progress | None = Non
     ------
     FormatError
         The first fault found.
+    MemoryLimitError
+        A tensor is larger than the limit.
     MissingPackageError
         h5py is not installed.
     """
     with Hdf5Model(path) as model:
         meter = Meter(progress, sum(record.nbytes for record in model.files.values()))
-        frames = model.hash_files(meter, decode=True)
+        frames = model.check_files(meter, memory_limit)
         layers = model.config.layers.values()
         return VerifyReport(
             files=len(model.files),

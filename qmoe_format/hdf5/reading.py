@@ -232,12 +232,17 @@ class Hdf5Model:
                 write_file(directory / name, self._json[name])
             try:
                 self.files: dict[str, FileRecord] = parse_manifest(directory)
-                self.config = QuantizationConfig.parse(read_json_object(directory / CONFIG), CONFIG)
+                config = read_json_object(directory / CONFIG)
+                self.config = QuantizationConfig.parse(config, CONFIG)
                 index = read_index(directory, self.files)
+                manifest = read_json_object(directory / MANIFEST)
             except FormatError as error:
                 name = Path(error.file or "").name
                 error.file = f"{self.path}: files/{name}"
                 raise
+        quantization = config["quantization_config"]
+        assert isinstance(quantization, dict)  # it has been parsed
+        self.versions = (manifest.get("version"), quantization.get("version"))
         self._by_tensor: dict[str, tuple[LayerSpec, str]] = {}
         for prefix, spec in self.config.layers.items():
             for suffix in (STORE, STORE_INDEX, DICTIONARIES):
@@ -293,16 +298,30 @@ class Hdf5Model:
 
     # ---- content ----------------------------------------------------------------------------------------
 
-    def hash_files(self, meter: Meter, *, decode: bool = False) -> int:
-        """Compare every file with its SHA-256 in the manifest; `decode` checks every frame on the way.
+    def hash_files(self, meter: Meter) -> None:
+        """Compare every file with its SHA-256 in the manifest."""
+        for name in self.files:
+            for _ in self._checked(name, meter):
+                pass
+
+    def check_files(self, meter: Meter, memory_limit: int) -> int:
+        """The same, and check every frame on the way, no tensor of more than `memory_limit` bytes.
 
         Returns
         -------
         int
             Dense frames among the tensors.
         """
+        if self.versions[0] != self.versions[1]:  # no sum covers the manifest's
+            raise HeaderError(
+                f"contradicts {CONFIG}",
+                file=f"{self.path}: files/{MANIFEST}",
+                field="version",
+                value=self.versions[0],
+                expected=self.versions[1],
+            )
         for name in self.files:
-            for _ in self._checked(name, meter, decode):
+            for _ in self._checked(name, meter, memory_limit):
                 pass
         return sum(name.endswith(ZSTD) for shard in self.shards.values() for name in shard.dense)
 
@@ -320,8 +339,11 @@ class Hdf5Model:
                 os.close(descriptor)
         write_file(directory / MANIFEST, self._json[MANIFEST])
 
-    def _checked(self, name: str, meter: Meter, decode: bool = False) -> Iterator[bytes | bytearray]:
-        """The bytes of a file, piece by piece; at the end compared with what the manifest says."""
+    def _checked(self, name: str, meter: Meter, decode: int | None = None) -> Iterator[bytes | bytearray]:
+        """The bytes of a file, piece by piece; at the end compared with what the manifest says.
+
+        Frames are checked if `decode`, the most bytes of a tensor, is given.
+        """
         digest, size, record = hashlib.sha256(), 0, self.files[name]
         for piece in self._file_pieces(name, decode):
             size += len(piece)
@@ -344,7 +366,7 @@ class Hdf5Model:
                 expected=record.sha256,
             )
 
-    def _file_pieces(self, name: str, decode: bool) -> Iterator[bytes | bytearray]:
+    def _file_pieces(self, name: str, decode: int | None) -> Iterator[bytes | bytearray]:
         """The bytes of a file of the directory, piece by piece."""
         if name not in self.shards:
             with hdf5_errors(self.path, HeaderError):
@@ -357,16 +379,16 @@ class Hdf5Model:
                 if tensor in self._by_tensor:
                     spec, suffix = self._by_tensor[tensor]
                     layer = _Hdf5Layer(self, spec)
-                    yield from layer.pieces(suffix, decode)
+                    yield from layer.pieces(suffix, decode is not None)
                 else:
                     yield self._dense_bytes(tensor, info, decode)
 
-    def _dense_bytes(self, name: str, info: TensorInfo, decode: bool) -> bytearray:
+    def _dense_bytes(self, name: str, info: TensorInfo, decode: int | None) -> bytearray:
         group = self._group(self._file, TENSORS)
         data = self._take(self._dataset(group, name, info.dtype, info.shape, info.nbytes), f"tensors/{name}")
-        if decode and name.endswith(ZSTD):
+        if decode is not None and name.endswith(ZSTD):
             try:
-                decode_dense(data)
+                decode_dense(data, memory_limit=decode)
             except FormatError as error:
                 raise error.with_file(f"{self.path}: tensors/{name}") from error
         return data
