@@ -71,8 +71,9 @@ def execute(program: str, commands: Command | Mapping[str, Command], arguments: 
     except OSError as error:
         print(f"{options.program}: error: {error}", file=sys.stderr)
         return QMoEError.exit_code
-    except KeyboardInterrupt:
-        print(f"{options.program}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        what_is_left = f": {stop}" if str(stop) else ""
+        print(f"{options.program}: interrupted{what_is_left}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -6,9 +6,17 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
+from . import plot
+from .calibration import (
+    add_calibration_arguments,
+    calibration_options,
+    number,
+    recipe_settings,
+)
 from .common import Command, ProgressBar, add_output_arguments, count, print_json, require
 from .hdf5 import directory_output, run_conversion
 from .published import run_import
+from .report import check_report, draw_report, layer_table, write_report
 from .text import size, table
 
 if TYPE_CHECKING:
@@ -31,22 +39,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("nearest",),
-        default="nearest",
-        help="how weights become ternary (default: %(default)s)",
+        choices=("nearest", "qmoe", "rd"),
+        help="how weights become ternary: rounded to nearest; by the QMoE paper's recipe; or trading error "
+        "against bits (default: rd with --calib, nearest without)",
     )
     parser.add_argument(
         "--levels",
         choices=("minmax", "lsq"),
         default="minmax",
-        help="a row's levels: its least and greatest weight, as in the QMoE paper, so that most are 0; "
-        "or those with the least squared error, in larger files (default: %(default)s)",
+        help="of nearest, a row's levels: its least and greatest weight, as in the QMoE paper, so that most are "
+        "0; or those with the least squared error, in larger files (default: %(default)s)",
     )
     parser.add_argument(
         "--level-format",
         choices=("bfloat16", "float16", "float32", "e4m4"),
-        default="bfloat16",
-        help="how levels are stored (default: %(default)s)",
+        help="how levels are stored (default: e4m4 with --calib, bfloat16 without)",
     )
     parser.add_argument(
         "--dense",
@@ -71,8 +78,38 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a checkpoint published by the authors of QMoE, keep the 16-bit codewords as they are",
     )
+    _add_recipe_arguments(parser)
+    add_calibration_arguments(parser, stores=True)
     add_output_arguments(parser)
     parser.set_defaults(default_of=parser.get_default)
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("recipe, with --calib").add_argument
+    add(
+        "--lam", type=number, metavar="X", help="of rd: squared error of a layer's output that a bit is worth"
+    )
+    add(
+        "--target-bpw",
+        type=number,
+        metavar="B",
+        help="of rd, instead of --lam: bits per expert weight that the model shall take, everything counted",
+    )
+    add("--damp", type=number, metavar="X", help="share of the Hessian's mean diagonal added to it (0.1)")
+    add(
+        "--rules",
+        action="append",
+        metavar="RULE",
+        help="REGEX:NAME=VALUE,… changes lam, damp, shrinkage or sweeps for tensors whose name it finds; the "
+        "first that does decides; may be repeated; or a file .json of [[REGEX, {NAME: VALUE}], …]",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with what an interrupted run with --calib has left, to the same bytes",
+    )
+    add("--report", metavar="FILE", help="write a line of JSON for each matrix")
+    add("--plot", metavar="FILE", help="draw bits and error by layer and expert; .png, .svg or .pdf")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -99,13 +136,36 @@ def _pack(options: argparse.Namespace, out: str) -> None:
     )
     from qmoe_quantize import PackOptions, pack, predict
 
+    if options.plot:
+        plot.check(options.plot)
+    if options.report:
+        check_report(options.report, force=options.force or options.resume)
+    calibration = calibration_options(options)
+    if calibration is None:
+        for name in ("lam", "target_bpw", "damp", "rules"):
+            require(getattr(options, name) is None, "goes with --calib", field=_flag(name), expected="both")
+        require(not options.resume, "goes with --calib", field="--resume", expected="both")
+    elif options.method == "qmoe":
+        for name in ("lam", "target_bpw"):
+            require(getattr(options, name) is None, "is of rd", field=_flag(name), expected="method rd")
+    else:
+        require(
+            (options.lam is None) != (options.target_bpw is None),
+            "one of both says how many bits to spend",
+            field="--lam, --target-bpw",
+            expected="one of them, with method rd",
+        )
     settings = PackOptions(
-        method=options.method,
+        method=options.method or "",
         levels=options.levels,
-        level_format=options.level_format,
+        level_format=options.level_format or "",
         dense=options.dense,
         force=options.force,
         threads=options.threads,
+        calibration=calibration,
+        recipe=None if calibration is None else recipe_settings(options),
+        target_bits=options.target_bpw,
+        resume=options.resume,
     )
     if options.dry_run:
         plan = predict(options.source, settings)
@@ -115,10 +175,20 @@ def _pack(options: argparse.Namespace, out: str) -> None:
     with ProgressBar("packing", quiet=options.quiet) as progress:
         summary = pack(options.source, out, settings, progress=progress)
     seconds = time.monotonic() - start
+    if options.report:
+        write_report(summary.matrices, options.report)
+    if options.plot:
+        draw_report(summary.matrices, options.plot)
     if options.json:
         print_json({**summary.to_json(), "seconds": seconds})
     else:
         print(_summary_text(options.out, summary, seconds))
+        if calibration is not None:
+            print(f"\n{layer_table(summary.matrices)}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _sizes(numbers: Plan | PackSummary) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,10 @@ from .text import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SUFFIXES = (".png", ".svg", ".pdf")
-_INK, _FAINT = "#24292f", "#d0d7de"
+INK, _FAINT = "#24292f", "#d0d7de"
 # Sections of the stacked bars, from the bottom up: label, sections, colour.
 _STACK = (
     ("codewords", ("codewords",), "#1f5fa8"),
@@ -28,8 +31,8 @@ _STACK = (
 _EXPERTS, _DENSE, _REST = "#1f5fa8", "#7ba05b", "#a5acb5"
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
@@ -38,9 +41,9 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": _FAINT,
     "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
     "svg.hashsalt": "qmoe",
 }
@@ -74,13 +77,7 @@ def draw(found: Inspection, file: str) -> None:
     QMoEError
         It cannot be written.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 6.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    with save_figure(file, (11, 6.6)) as figure:
         grid = figure.add_gridspec(2, 2, height_ratios=(1.35, 1), width_ratios=(1.25, 1))
         _draw_layers(figure.add_subplot(grid[0, :]), found)
         _draw_sparsity(figure.add_subplot(grid[1, 0]), found)
@@ -94,6 +91,25 @@ def draw(found: Inspection, file: str) -> None:
             x=0.01,
             ha="left",
         )
+
+
+@contextlib.contextmanager
+def save_figure(file: str, inches: tuple[float, float]) -> Iterator[Figure]:
+    """A figure to draw on, in the style of all charts, that is then written to a file, replacing it.
+
+    Raises
+    ------
+    QMoEError
+        It cannot be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=inches, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
         partial = Path(f"{file}.partial")
         with os_errors(file):
             try:
@@ -129,7 +145,7 @@ def _draw_layers(axes: Axes, found: Inspection) -> None:
                 f"{height:.3f}", (place, height), (0, 2), textcoords="offset points", ha="center", fontsize=8
             )
     step = max(1, -(-len(reports) // 32))
-    axes.set_xticks(places[::step], [_short(prefix) for prefix in found.layers][::step], fontsize=8.5)
+    axes.set_xticks(places[::step], [short(prefix) for prefix in found.layers][::step], fontsize=8.5)
     axes.set_xlim(-0.6, len(reports) - 0.4)
     axes.set_ylim(0, 1.12 * max(bottom, default=1))
     axes.set_ylabel("bits per weight")
@@ -149,7 +165,7 @@ def _draw_layers(axes: Axes, found: Inspection) -> None:
     axes.set_xlabel("layer")
 
 
-def _short(prefix: str) -> str:
+def short(prefix: str) -> str:
     """What tells a layer from the others: its numbers, and the stack of an encoder-decoder."""
     numbers = [part for part in prefix.split(".") if part.isdigit()]
     stack = {"encoder": "enc ", "decoder": "dec "}.get(prefix.partition(".")[0], "")

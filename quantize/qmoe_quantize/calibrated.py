@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -350,6 +350,7 @@ def calibrate(
     out: str | os.PathLike[str],
     *,
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSummary:
     """Run text through a model as it is, and write its experts' Hessians to a store.
 
@@ -364,6 +365,8 @@ def calibrate(
         The store, which appears when it is complete. Activations lie in a folder beside it meanwhile.
     force : bool
         Replace an existing file.
+    progress : callable, optional
+        Told how many experts are done, and how many there are.
 
     Raises
     ------
@@ -378,7 +381,7 @@ def calibrate(
     windows = read_windows(options.text, checkpoint.config)
     settings = {**options.to_json(), **asdict(options.text), "length": windows.tokens.shape[1]}
     provenance = Provenance(model_digest(checkpoint), (windows.digest,), settings)
-    unseen = 0
+    unseen, done, total = 0, 0, sum(layer.experts for layer in layers)
     where = Path(os.path.abspath(out)).parent
     with (
         tempfile.TemporaryDirectory(prefix=".qmoe-calibrate-", dir=where) as folder,
@@ -386,13 +389,18 @@ def calibrate(
     ):
         experts = StreamedExperts(checkpoint, layers, windows, options.stream, options.hessian, Path(folder))
         for layer in layers:
-            run = [run for _, run in experts.run(layer, writer)][-1]
+            run = None
+            for group, run in experts.run(layer, writer):  # noqa: B007 (the last one is used)
+                done += len(group)
+                if progress:
+                    progress(done, total)
+            assert run is not None
             experts.keep_from_here()
             writer.run_done(layer, run)
             unseen += sum(count == 0 for count in run.tokens)
     return CalibrationSummary(
         layers=len(layers),
-        experts=sum(layer.experts for layer in layers),
+        experts=total,
         windows=len(windows.tokens),
         available=windows.available,
         tokens=int(windows.counted.sum()),
