@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import qmoe_codec
 from c_library import READ, SKIP_BODY, STATUS, Model, RefusalError, function, open_everything
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_models import edit_json, join, layer_spec, sign, split, write_model
+from packed_models import contents, edit_json, join, layer_spec, restore, sign, split, write_model
 from qmoe_codec.core import library
+from test_container import CONTAINER_FAULTS, MANIFEST_FAULTS
 from test_safetensors_io import FAULTS
 
 import qmoe_format
@@ -253,6 +255,117 @@ def test_refuses_a_safetensors_header(tmp_path: Path, fault: str) -> None:
         assert caught.value.place.startswith(str(path)) or len(str(path)) > 200
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the lists of faults were written for."""
+    return contents(write_model(tmp_path_factory.mktemp("original") / "out"))
+
+
+def shard_bytes(change: Callable[[bytearray, dict[str, tuple[int, int]]], None]) -> Callable[[Path], None]:
+    """Change the bytes of layer 0's shard, given where its tensors lie by their endings."""
+
+    def spoil(out: Path) -> None:
+        with qmoe_format.open(out) as model:
+            layer = model.layer(layer_spec(0).prefix)
+            path = out / layer.shard
+            tensors = model.shards[layer.shard].tensors
+            places = {
+                name.rpartition(".")[2]: (t.start, t.end)
+                for name, t in tensors.items()
+                if name.startswith(layer.spec.prefix)
+            }
+            places["record"] = (places["qmoe_store"][0], places["qmoe_store"][0] + int(layer.index[0, 1]))
+        data = bytearray(path.read_bytes())
+        change(data, places)
+        path.write_bytes(data)
+
+    return spoil
+
+
+def damaged_frame(path: Path) -> None:
+    """A bit of the body of layer 1, expert 1, up_proj."""
+    with qmoe_format.open(path) as model:
+        layer = model.layer(layer_spec(1).prefix)
+        offset, _, _ = layer.index[1].tolist()
+        start = model.shards[layer.shard].tensors[layer.spec.prefix + ".qmoe_store"].start
+        place = start + offset + len(layer.frames(1)[0]) + 100
+        shard = path / layer.shard
+    data = bytearray(shard.read_bytes())
+    data[place] ^= 1
+    shard.write_bytes(data)
+
+
+def padded(data: bytearray, places: dict[str, tuple[int, int]]) -> None:
+    assert places["record"][1] % 256, "there is padding"
+    data[places["record"][1]] = 1
+
+
+def shorter(data: bytearray, places: dict[str, tuple[int, int]]) -> None:
+    """The record's size cuts its last frame; its end rounds up to the same place."""
+    start = places["qmoe_index"][0] + 8
+    (size,) = struct.unpack_from("<q", data, start)
+    assert size % 256 > 16
+    struct.pack_into("<q", data, start, size - 16)
+
+
+def longer(data: bytearray, places: dict[str, tuple[int, int]]) -> None:
+    start = places["qmoe_index"][0] + 8
+    (size,) = struct.unpack_from("<q", data, start)
+    assert 0 < size % 256 < 240
+    struct.pack_into("<q", data, start, size + 16)
+
+
+RECORD_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "padding between records": (shard_bytes(padded), "payload"),
+    "record that ends within a frame": (shard_bytes(shorter), "size"),
+    "record with bytes after its frames": (shard_bytes(longer), "size"),
+    "bit of a body": (damaged_frame, "checksum"),
+}
+
+MODEL_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    **{name: (spoil, error.kind) for name, (spoil, error, _) in CONTAINER_FAULTS.items()},
+    **{f"manifest: {name}": (spoil, error.kind) for name, (spoil, error) in MANIFEST_FAULTS.items()},
+    **RECORD_FAULTS,
+}
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+def test_refuses_a_model(tmp_path: Path, original: dict[str, bytes], fault: str) -> None:
+    """Every fault that the Python reader is known to refuse, with the same kind."""
+    spoil, kind = MODEL_FAULTS[fault]
+    out = tmp_path / "out"
+    restore(out, original)
+    spoil(out)
+    if not fault.startswith("manifest: "):
+        sign(out)
+    for options in (0, READ):
+        with pytest.raises(RefusalError) as caught:
+            open_everything(out, options)
+        assert caught.value.kind == kind, caught.value.message
+        assert str(out)[-60:] in caught.value.message
+
+
+def test_dictionaries_must_rise(tmp_path: Path) -> None:
+    frames = [qmoe_codec.build_dictionary(p, 8).frame for p in (0.8, 0.9)]
+    frames.sort(key=lambda frame: struct.unpack_from("<I", frame, 28))
+    for order, kind in ((frames, "ok"), (frames[::-1], "header"), ([frames[0]] * 2, "header")):
+        matrix = qmoe_codec.encode(np.zeros((1, 1), np.int8), np.zeros((1, 2)), None)
+        store = matrix + bytes(-len(matrix) % 256)
+        index = np.array([[0, len(matrix), 0]], "<i8").tobytes()
+        header: dict[str, Any] = {}
+        data = b""
+        for ending, dtype, shape, content in (
+            ("store", "U8", [len(store)], store),
+            ("index", "I64", [1, 3], index),
+            ("dictionaries", "U8", [len(b"".join(order))], b"".join(order)),
+        ):
+            extent = [len(data), len(data) + len(content)]
+            header[f"a.qmoe_{ending}"] = {"dtype": dtype, "shape": shape, "data_offsets": extent}
+            data += content
+        (tmp_path / "a.safetensors").write_bytes(join(header, data))
+        assert c_outcome(tmp_path / "a.safetensors") == kind
+
+
 LIMITS: dict[str, tuple[bytes, str]] = {
     "128 levels": (b'{"__metadata__": {}, "a": ' + b"[" * 127 + b"]" * 127 + b"}", "entry"),
     "129 levels": (b'{"__metadata__": {}, "a": ' + b"[" * 128 + b"]" * 128 + b"}", "JSON, at byte"),
@@ -450,19 +563,6 @@ def spoil(packed: Path, into: Path, change: Callable[[Path], None]) -> Path:
     shutil.copytree(packed, into)
     change(into)
     return into
-
-
-def damaged_frame(path: Path) -> None:
-    """A bit of the body of layer 1, expert 1, up_proj."""
-    with qmoe_format.open(path) as model:
-        layer = model.layer(layer_spec(1).prefix)
-        offset, _, _ = layer.index[1].tolist()
-        start = model.shards[layer.shard].tensors[layer.spec.prefix + ".qmoe_store"].start
-        place = start + offset + len(layer.frames(1)[0]) + 100
-        shard = path / layer.shard
-    data = bytearray(shard.read_bytes())
-    data[place] ^= 1
-    shard.write_bytes(data)
 
 
 def test_a_message_names_the_place(small: Path, tmp_path: Path) -> None:
