@@ -28,7 +28,7 @@ import qmoe_format
 from qmoe_format import LayerSpec, PackedModelWriter, Projection
 from qmoe_format.safetensors_io import SafetensorsFile
 
-ROOT = Path(__file__).parents[1]
+INDEX = "model.safetensors.index.json"
 LAYERS, EXPERTS, HIDDEN, WIDTH = 2, 4, 96, 160
 
 
@@ -126,8 +126,8 @@ def measure(out: Path, flips: int, seed: int) -> dict[str, Any]:
         damaged = bytearray(files[name])
         damaged[position] ^= 1 << bit
         (out / name).write_bytes(damaged)
-        # A manifest that contradicts a file is told by that file.
-        words: tuple[str, ...] = () if name == "manifest.json" else (name,)
+        # A manifest or index that contradicts a file is told by that file.
+        words: tuple[str, ...] = () if name in ("manifest.json", INDEX) else (name,)
         for begin, end, more in known.get(name, []):
             if begin <= position < end:
                 words = more

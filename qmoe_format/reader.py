@@ -26,6 +26,7 @@ from .container import (
     DICTIONARIES,
     RECORD_ALIGNMENT,
     RESERVED_SUFFIXES,
+    SECTION,
     STORE,
     STORE_INDEX,
     ZSTD,
@@ -411,6 +412,8 @@ class PackedModel:
                 continue
             if stored.endswith(RESERVED_SUFFIXES) and stored not in frames:
                 raise HeaderError(f"belongs to nothing in {CONFIG}", file=file.path, field=stored)
+            if SECTION.search(stored) and stored not in frames:
+                continue  # an optional section of a later minor version
             name = frames.get(stored, stored)
             if name in dense:
                 raise HeaderError("stored both plain and as a dense frame", file=file.path, field=name)

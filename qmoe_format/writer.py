@@ -29,7 +29,7 @@ from .container import (
     INDEX,
     MANIFEST,
     RECORD_ALIGNMENT,
-    RESERVED_SUFFIXES,
+    SECTION,
     STORE,
     STORE_INDEX,
     VERSION,
@@ -411,7 +411,7 @@ class PackedModelWriter:
     def _check_dense(
         self, name: str, dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview
     ) -> int:
-        if name.endswith(RESERVED_SUFFIXES) or name == "__metadata__":
+        if SECTION.search(name) or name == "__metadata__":
             raise CheckpointError("a tensor of this name cannot be packed", field=name)
         size = tensor_bytes(dtype, tuple(shape))
         if flat_bytes(data).nbytes != size:

@@ -20,9 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qmoe_codec import LEVEL_FORMATS, Dictionary, build_dictionary, encode, read_frame_header
+from qmoe_codec import (
+    LEVEL_FORMATS,
+    Dictionary,
+    build_dictionary,
+    encode,
+    join_dictionaries,
+    read_frame_header,
+)
 from qmoe_codec.reference import assemble, crc32c, decode, pack_array
 from valid_streams import random_frame
+
+from qmoe_format import LayerSpec, PackedModelWriter, Projection
+from qmoe_format import open as open_model
 
 VECTORS = Path(__file__).parent / "vectors"
 Vector = tuple[str, bytes, dict[str, Any]]
@@ -485,6 +495,83 @@ def vectors() -> Iterator[Vector]:
     yield from invalid_dense()
 
 
+# --- whole models -------------------------------------------------------------------------------------------
+
+
+def write_model(out: Path) -> None:
+    """A packed model of a few kB: raw and coded matrices, plain and compressed tensors."""
+    prefix = "model.layers.0.mlp.experts"
+    sides = {"gate": (9, 40), "up": (9, 40), "down": (40, 9)}
+    projections = tuple(
+        Projection(f"{role}_proj", role, f"{prefix}.{{expert}}.{role}_proj.weight", *shape)
+        for role, shape in sides.items()
+    )
+    used = [DICTIONARIES["trees-8"], DICTIONARIES["trees-10"]]
+
+    class Dictionaries:
+        def to_bytes(self) -> bytes:
+            return join_dictionaries(used)
+
+    def record(expert: int) -> list[bytes]:
+        frames = []
+        for number, (rows, columns) in enumerate(sides.values()):
+            name = f"model {expert} {number}"
+            choice = [*used, None][(expert + number) % 3]
+            trits, levels = random_matrix(name, rows, columns, 0.85), random_levels(name, rows)
+            frames.append(encode(trits, levels, choice, level_format=LEVEL_FORMATS[expert]))
+        return frames
+
+    tokenizer = out.parent / "tokenizer.json"
+    tokenizer.write_text('{"version": "1.0"}\n')
+    with PackedModelWriter(out) as writer:
+        writer.add_file(tokenizer)
+        layer = LayerSpec(prefix, 4, projections, "BF16")
+        writer.add_layer(layer, [(record(expert), 10 * expert - 1) for expert in range(4)], Dictionaries())
+        writer.add_dense_zstd("model.embed_tokens.weight", "BF16", (64, 9), bytes(range(9)) * 128)
+        writer.add_dense("model.norm.weight", "F32", (9,), random_levels("norm", 9)[:, 1].tobytes())
+        writer.finish({"model_type": "olmoe", "hidden_size": 40}, {"method": "nearest"})
+    tokenizer.unlink()
+
+
+def describe_model(path: Path) -> dict[str, Any]:
+    """What a reader must find in a packed model, by the reference codec."""
+    with open_model(path) as model:
+        experts: dict[str, Any] = {}
+        for prefix in model.layers:
+            layer = model.layer(prefix)
+            known = {identity: d.reference for identity, d in layer.dictionaries.items()}
+            for expert in range(layer.experts):
+                for projection, frame in zip(layer.spec.projections, layer.frames(expert), strict=True):
+                    trits, levels = decode(frame, known)
+                    experts[projection.tensor_name(expert)] = {
+                        "shape": list(trits.shape),
+                        "trits_sha256": hashlib.sha256(trits.tobytes()).hexdigest(),
+                        "levels_sha256": hashlib.sha256(levels.astype("<f4").tobytes()).hexdigest(),
+                    }
+        dense = {name: model.dense(name) for name in model.dense_names()}
+        return {
+            "experts": experts,
+            "dense": {
+                name: {"dtype": dtype, "shape": list(shape), "sha256": hashlib.sha256(data).hexdigest()}
+                for name, (dtype, shape, data) in dense.items()
+            },
+        }
+
+
+def make_model(version: str) -> None:
+    """Make the model of this version once. Its bytes come from a writer, so they are kept, not made again."""
+    folder = VECTORS / "models"
+    if not (folder / version).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_model(folder / version)
+        files = {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted((folder / version).iterdir())
+        }
+        text = json.dumps({"files": files, "expect": describe_model(folder / version)}, indent=1)
+        (folder / f"{version}.json").write_text(text + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--force", action="store_true", help="replace files that differ")
@@ -500,6 +587,7 @@ def main() -> None:
         path.write_bytes(content)
     if differing:
         raise SystemExit(f"not replaced, since vectors are kept for good: {', '.join(differing)}")
+    make_model("1.0")
     text = json.dumps({"format": "qmoe", "version": "1.0", "vectors": manifest}, indent=1, sort_keys=True)
     (VECTORS / "manifest.json").write_text(text + "\n")
     print(f"{len(manifest)} vectors in {VECTORS}")

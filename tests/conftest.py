@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import reference_program
 import sanitizers
 from hypothesis import settings
 
@@ -50,3 +51,11 @@ def installed_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "prefix"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> reference_program.ReferenceProgram:
+    """The decoder in ``spec/reference``, with sanitizers where the compiler has them."""
+    folder = tmp_path_factory.mktemp("reference")
+    flags = reference_program.SANITIZE if reference_program.sanitizers_work(folder) else ["-O2"]
+    return reference_program.ReferenceProgram(reference_program.build(folder, flags), folder)

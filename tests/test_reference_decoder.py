@@ -5,8 +5,6 @@ import itertools
 import json
 import shutil
 import struct
-import subprocess
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from qmoe_codec import (
     encode,
     read_frame_header,
 )
+from reference_program import SANITIZE, ReferenceProgram, build, sanitizers_work
 from strategies import reseal, some_dictionaries
 from valid_streams import random_frame
 
@@ -30,35 +29,8 @@ from qmoe_format.dense import decode_dense
 SPEC = Path(__file__).parents[1] / "spec"
 VECTORS = SPEC / "vectors"
 MANIFEST = json.loads((VECTORS / "manifest.json").read_text())["vectors"]
-SOURCE = SPEC / "reference" / "qmoe_reference.c"
-STRICT = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror"]
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-EXIT_CODES = {"version": 4}  # every other kind: 3
 
 Run = Callable[..., "bytes | tuple[str, str]"]
-
-
-def build(folder: Path, flags: list[str]) -> Path:
-    program = folder / "qmoe_reference"
-    compiler = shutil.which("cc")
-    if compiler is None:
-        warnings.warn("no C compiler (cc): the decoder in spec/reference is NOT tested", stacklevel=1)
-        pytest.skip("no C compiler (cc)")
-    made = subprocess.run(
-        [compiler, *STRICT, *flags, "-o", program, SOURCE], capture_output=True, text=True, check=False
-    )
-    assert made.returncode == 0, made.stderr
-    return program
-
-
-def sanitizers_work(folder: Path) -> bool:
-    source = folder / "empty.c"
-    source.write_text("int main(void) { return 0; }\n")
-    compiler = shutil.which("cc")
-    if compiler is None:
-        return False
-    steps = [[compiler, *SANITIZE, "-o", folder / "empty", source], [folder / "empty"]]
-    return all(subprocess.run(step, capture_output=True, check=False).returncode == 0 for step in steps)
 
 
 @pytest.fixture(scope="module", params=["plain", "sanitized"])
@@ -73,31 +45,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def run(program: Path, tmp_path: Path) -> Run:
-    """Runs the decoder on files or bytes: its output, or the kind and field of its refusal."""
-
-    def run_(command: str, *arguments: "str | Path | bytes") -> "bytes | tuple[str, str]":
-        words: list[str | Path] = []
-        for argument in arguments:
-            if isinstance(argument, bytes):
-                path = tmp_path / f"{len(words)}.bin"
-                path.write_bytes(argument)
-                argument = path
-            words.append(argument)
-        # No leak check: a refusal ends the program where it stands, and the check fails under a debugger.
-        ran = subprocess.run(
-            [program, command, *words],
-            capture_output=True,
-            check=False,
-            env={"ASAN_OPTIONS": "detect_leaks=0"},
-        )
-        if ran.returncode == 0:
-            return ran.stdout
-        assert ran.returncode in (3, 4), (ran.returncode, ran.stderr.decode())
-        refusal = json.loads(ran.stdout)
-        assert ran.returncode == EXIT_CODES.get(refusal["error"], 3)
-        return refusal["error"], refusal["field"]
-
-    return run_
+    return ReferenceProgram(program, tmp_path)
 
 
 def select(folder: str, kind: str) -> list[str]:

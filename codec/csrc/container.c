@@ -352,6 +352,25 @@ static qmoe_status read_layers(json_value layers, qmoe_container *container, are
     return QMOE_OK;
 }
 
+/* What a reader must know beyond version 1.0 (spec 1.2): this one knows of nothing. */
+static qmoe_status check_requires(json_value quantization, qmoe_error *error) {
+    json_value requires, name;
+    if (!qmoe_json_get(quantization, "requires", &requires)) {
+        return QMOE_OK;
+    }
+    if (!json_is_array(requires)) {
+        return qmoe_fail(error, QMOE_HEADER, "requires", 0, "a list of strings");
+    }
+    bool unknown = false;
+    while (qmoe_json_element(&requires, &name)) {
+        if (!json_is_string(name)) {
+            return qmoe_fail(error, QMOE_HEADER, "requires", 0, "a list of strings");
+        }
+        unknown = true;
+    }
+    return unknown ? qmoe_fail(error, QMOE_VERSION, "requires", 0, "nothing") : QMOE_OK;
+}
+
 static qmoe_status parse_config(json_value config, qmoe_container *container, arena *memory, qmoe_error *error) {
     json_value quantization, method, layers, dense, key, size;
     qmoe_status status = get_object(config, "quantization_config", &quantization, error);
@@ -362,6 +381,7 @@ static qmoe_status parse_config(json_value config, qmoe_container *container, ar
         return qmoe_fail(error, QMOE_HEADER, "quant_method", 0, "\"qmoe\"");
     }
     if ((status = check_version(quantization, error)) != QMOE_OK ||
+        (status = check_requires(quantization, error)) != QMOE_OK ||
         (status = get_object(quantization, "layers", &layers, error)) != QMOE_OK ||
         (status = read_layers(layers, container, memory, error)) != QMOE_OK) {
         return status;
