@@ -558,6 +558,9 @@ def test_commands(run: Any, model: Path, file: Path, tmp_path: Path) -> None:
     assert (code, "same packed model as a directory" in text) == (0, True)
     assert contents(back) == contents(model)
     assert json.loads(run("pack", back, out, "--force", "--json")[1])["bytes"] == out.stat().st_size
+    assert run("pack", out, back)[0] == 2
+    assert run("pack", out, back, "--force")[0] == 0
+    assert contents(back) == contents(model)
     assert run("inspect", out)[1] == run("inspect", model)[1].replace(str(model), str(out))
     assert run("unpack", out, tmp_path / "plain", "--dtype", "f32")[0] == 0
     assert run("unpack", model, tmp_path / "expected", "--dtype", "f32")[0] == 0

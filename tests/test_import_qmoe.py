@@ -254,6 +254,23 @@ def test_export_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_files_are_mapped_and_no_code_is_allowed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file is read by torch's restricted unpickler, and tensors stay in their file until used."""
+    honest, calls = torch.load, []
+
+    def spy(file: Path, **options: Any) -> Any:
+        calls.append((Path(file).name, options))
+        return honest(file, **options)
+
+    monkeypatch.setattr(torch, "load", spy)
+    import_published(source, tmp_path / "packed")
+    assert {name for name, _ in calls} == {"sizes.pt", "noexp.pt", "exp00.pt", "exp01.pt", "exp02.pt"}
+    assert all(options["weights_only"] for _, options in calls)
+    assert all(options["mmap"] for name, options in calls if name != "sizes.pt")
+
+
 def test_minus_zero_stays(copy: Path, tmp_path: Path) -> None:
     """A level of minus zero is another number than zero, to the bit."""
 

@@ -75,7 +75,12 @@ def to_hdf5(
         with (
             hdf5_errors(part.path),
             h5py.File(
-                part.path, "w", libver=("v110", "v110"), alignment_threshold=512, alignment_interval=256
+                part.path,
+                "w",
+                libver=("v110", "v110"),
+                alignment_threshold=512,
+                alignment_interval=256,
+                locking=False,  # nobody else knows the name; and not every cluster has locks
             ) as file,
         ):
             Hdf5Writer(file, model, meter).run()

@@ -84,7 +84,7 @@ class Hdf5Model:
             with os_errors(self.path):
                 self._size = os.fstat(self._descriptor).st_size
             with hdf5_errors(self.path, HeaderError):
-                self._file = h5py.File(self.path, "r")
+                self._file = h5py.File(self.path, "r", locking=False)  # not every cluster has locks
                 self._read_structure()
         except BaseException:
             self.close()
