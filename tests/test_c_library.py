@@ -315,6 +315,51 @@ def longer(data: bytearray, places: dict[str, tuple[int, int]]) -> None:
     struct.pack_into("<q", data, start, size + 16)
 
 
+def section(name: str, plain: str) -> Callable[[Path], None]:
+    """Rename a dense frame to `name`.qmoe_zstd, and a plain tensor, the mask, to `plain`."""
+
+    def spoil(out: Path) -> None:
+        names = {"model.embed_tokens.weight.qmoe_zstd": f"{name}.qmoe_zstd", "model.mask": plain}
+        for path in out.glob("*.safetensors"):
+            header, data = split(path.read_bytes())
+            path.write_bytes(join({names.get(key, key): entry for key, entry in header.items()}, data))
+
+        def rename(index: Any) -> None:
+            index["weight_map"] = {names.get(key, key): shard for key, shard in index["weight_map"].items()}
+
+        def retell(config: Any) -> None:
+            dense = config["quantization_config"]["dense_zstd"]
+            dense[name] = dense.pop("model.embed_tokens.weight")
+
+        edit_json(out / "model.safetensors.index.json", rename)
+        edit_json(out / "config.json", retell)
+        sign(out)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "outcome"),
+    [
+        ("a", "b", "ok"),
+        ("a", "a", "header"),
+        ("a.qmoe_future", "a.qmoe_future", "ok"),  # the plain one is a section, left aside
+        ("a.qmoe_", "a.qmoe_", "header"),
+        ("a.qmoe_X", "a.qmoe_X", "header"),
+        ("a.qmoe_x.y", "a.qmoe_x.y", "header"),
+        (".qmoe_2_", ".qmoe_2_", "ok"),
+        ("a", "a.qmoe_store", "header"),
+        ("a", "a.qmoe_stores", "ok"),
+    ],
+)
+def test_sections_of_later_versions_are_left_aside(
+    original: dict[str, bytes], tmp_path: Path, name: str, plain: str, outcome: str
+) -> None:
+    restore(tmp_path / "m", original)
+    section(name, plain)(tmp_path / "m")
+    assert (c_outcome(tmp_path / "m"), python_outcome(tmp_path / "m")) == (outcome, outcome)
+
+
 RECORD_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "padding between records": (shard_bytes(padded), "payload"),
     "record that ends within a frame": (shard_bytes(shorter), "size"),

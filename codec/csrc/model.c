@@ -431,6 +431,18 @@ static const owned_name *owner_of(const owned_name *owned, size_t count, qmoe_na
     return count ? bsearch(&wanted, owned, count, sizeof *owned, compare_owned) : NULL;
 }
 
+/* Whether a name has the ending of a section, known or of a later version (spec 1.2): such are left aside. */
+static bool is_section(qmoe_name name) {
+    static const char mark[] = ".qmoe_";
+    size_t start = name.size;
+    while (start && (name.bytes[start - 1] == '_' || (name.bytes[start - 1] >= 'a' && name.bytes[start - 1] <= 'z') ||
+                     (name.bytes[start - 1] >= '0' && name.bytes[start - 1] <= '9'))) {
+        start--;
+    }
+    const size_t size = sizeof mark - 1; /* the run began at the dot, or behind it */
+    return start && name.size - (start - 1) > size && memcmp(name.bytes + start - 1, mark, size) == 0;
+}
+
 /* Tensors that are no experts: nothing stored twice, nothing with a name of ours that config.json does not know. */
 static qmoe_status check_dense(qmoe_model *model, const qmoe_container *container, qmoe_error *error) {
     size_t count = 0;
@@ -464,7 +476,7 @@ static qmoe_status check_dense(qmoe_model *model, const qmoe_container *containe
             if (!plain.bytes) {
                 return QMOE_MEMORY;
             }
-            if (find(model, plain) && !owner_of(owned, count, plain)) {
+            if (find(model, plain) && !owner_of(owned, count, plain) && !is_section(plain)) {
                 return at(error, qmoe_fail(error, QMOE_HEADER, "dense_zstd", 0, "not both plain and a frame"), plain);
             }
         }

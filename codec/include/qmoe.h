@@ -233,7 +233,10 @@ QMOE_API const qmoe_matrix *qmoe_expert_matrix(const qmoe_expert *expert, uint32
 /* The record: the frames, one after the other. `size` may be NULL. */
 QMOE_API const uint8_t *qmoe_expert_record(const qmoe_expert *expert, uint64_t *size);
 
-/* A tensor as it is stored; one that was compressed has the ending ".qmoe_zstd" and holds a dense frame (spec 5). */
+/*
+ * A tensor as it is stored; one that was compressed has the ending ".qmoe_zstd" and holds a dense frame (spec 5). Other
+ * endings ".qmoe_…" are the format's own, now or later (spec 1.2): leave what you do not know aside.
+ */
 typedef struct qmoe_tensor_info {
     const char *name;
     const char *dtype; /* as safetensors calls it */
