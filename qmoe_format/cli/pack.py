@@ -47,7 +47,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--levels",
         choices=("minmax", "lsq"),
         default="minmax",
-        help="of nearest, a row's levels: its least and greatest weight, as in the QMoE paper, so that most are "
+        help="of nearest, a row's levels: its least and greatest weight, as in the QMoE paper, most being "
         "0; or those with the least squared error, in larger files (default: %(default)s)",
     )
     parser.add_argument(

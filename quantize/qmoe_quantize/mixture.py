@@ -6,6 +6,7 @@ their Hessians and one chunk, however many tokens and experts there are.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -111,7 +112,9 @@ class LayerRun:
         return [float(s.gates[s.used].mean()) if s.used.any() else 0.0 for s in self._selections]
 
     def _generator(self, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self._options.seed << 40) + (self._stage << 24) + number)
+        # torch uses 32 bits of a seed on the CPU; a digest puts all that matters into them.
+        key = f"{self._options.seed} {self._stage} {number}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:4]))
 
     def _select(self, routing: Routing) -> list[_Selection]:
         choices = routing.index.shape[1]
