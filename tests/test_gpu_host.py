@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import qmoe_codec
-from qmoe_codec import Dictionary, build_dictionary, encode, round_levels
+from qmoe_codec import ArgumentError, Dictionary, build_dictionary, encode, round_levels
 from strategies import table_dictionary
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "gpu_decode" / "shim"))
 
 from host import HostDevice  # noqa: E402
+from qmoe_gpu_decode.encoding import launch_encode  # noqa: E402
 from qmoe_gpu_decode.experts import ExpertProjection, PackedExperts, launch_experts  # noqa: E402
 from qmoe_gpu_decode.matrices import PackedMatrices  # noqa: E402
 from qmoe_gpu_decode.products import ARRAY_DTYPES, launch_decode, launch_matmul, make_plan  # noqa: E402
@@ -269,3 +270,55 @@ def test_experts(device: HostDevice, tokens: int, choices: int, gated: bool, dty
     bound = 2e-5 * scale + ROUNDING[dtype] * np.abs(expected) * 1.01 + 1e-7
     assert (np.abs(from_bits(y, dtype) - expected) <= bound).all()
     check_guard(memory)
+
+
+# ---- encoding ----
+
+
+def encode_on(
+    device: HostDevice, trits: np.ndarray, levels: np.ndarray, *args: object, **kwargs: object
+) -> bytes:
+    frame = launch_encode(device, device.upload(trits), device.upload(levels), trits.shape, *args, **kwargs)
+    return bytes(frame)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 10, 12, 16])
+def test_encode_gives_the_bytes_of_the_cpu(device: HostDevice, bits: int) -> None:
+    rng = np.random.default_rng()
+    shapes = [*SHAPES, (0, 5), (5, 0), (33, 64)]
+    for number, (rows, columns) in enumerate(shapes):
+        level_format = qmoe_codec.LEVEL_FORMATS[number % 4]
+        dictionaries = dictionaries_of(bits, 1 + number % 4)
+        packed = pack(rng, rows, columns, bits)
+        levels = packed.levels * rng.choice([1e-40, 1e-3, 1.0, 0.0], (rows, 1)).astype(np.float32)
+        selectors = rng.integers(0, max(1, len(dictionaries)), rows).astype(np.uint8)
+        frame = encode_on(
+            device, packed.trits, levels, dictionaries, number % 4, selectors=device.upload(selectors)
+        )
+        expected = encode(
+            packed.trits, levels, dictionaries or None, level_format=level_format, selectors=selectors
+        )
+        assert frame == expected
+
+
+def test_encode_refuses_what_a_frame_cannot_hold(device: HostDevice) -> None:
+    trits, levels = np.zeros((3, 40), np.int8), np.tile(np.float32([-1, 1]), (3, 1))
+    dictionary = build_dictionary(0.885, 10)
+    for place, value in [((1, 3), 2), ((2, 39), -2)]:
+        bad = trits.copy()
+        bad[place] = value
+        for dictionaries in ([], [dictionary], dictionaries_of(16, 1)):
+            with pytest.raises(ArgumentError, match="trits"):
+                encode_on(device, bad, levels, dictionaries, 1)
+    for level_format, value in [(0, np.inf), (1, 3.4e38), (2, 65520.0), (3, -1.0)]:
+        bad_levels = levels.copy()
+        bad_levels[2, 1] = value
+        with pytest.raises(ArgumentError, match="levels"):
+            encode_on(device, trits, bad_levels, [dictionary], level_format)
+    with pytest.raises(ArgumentError, match="selectors"):
+        chosen = device.upload(np.uint8([0, 1, 2]))
+        encode_on(device, trits, levels, dictionaries_of(10, 2), 0, selectors=chosen)
+    with pytest.raises(ArgumentError, match="dictionaries"):
+        encode_on(
+            device, trits, levels, [dictionary, dictionary], 0, selectors=device.upload(np.uint8([0, 0, 0]))
+        )

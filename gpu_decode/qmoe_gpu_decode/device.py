@@ -31,6 +31,8 @@ class Device(Protocol):
     shared_limit: int
     """Bytes of shared memory that a block can have."""
 
+    def __hash__(self) -> int: ...
+
     def launch(
         self,
         file: str,
