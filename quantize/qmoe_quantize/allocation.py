@@ -25,7 +25,7 @@ from .recipes import RecipeSettings, ternarize_group
 STEPS_PER_DECADE = 2
 DECADES = 6
 
-SAMPLE_ROWS = 64
+SAMPLE_ROWS = 48
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .ternary import TernaryExpert, TernaryMatrix
 from .text import TokenWindows, read_windows
 
 SCRATCH = "scratch.h5"
-SAMPLED_EXPERTS = 4
+SAMPLED_EXPERTS = 8
 """Experts of each layer, spread evenly, whose rates stand for all when lambda is looked for."""
 
 

@@ -33,7 +33,7 @@ DEFAULT_PART = "0:0.95"
 SUFFIXES = (".txt", ".jsonl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
-PIECE = 1 << 18  # characters that are tokenized at once
+PIECE = 1 << 14  # characters that are tokenized at once; small, so that windows come from all over the text
 SURPLUS = 4  # tokens made for every one that is needed, so that windows come from all over a long text
 
 Mask = npt.NDArray[np.bool_]
