@@ -293,6 +293,7 @@ static struct {
     uint8_t *data;
     size_t size;
 } files[FILES];
+static size_t index_starts[LAYERS]; /* in the shard, behind its header */
 
 static uint64_t draw(uint64_t *random) { /* splitmix64 */
     uint64_t z = *random += UINT64_C(0x9E3779B97F4A7C15);
@@ -377,7 +378,7 @@ static void make_model(const uint8_t *dictionary_frame, size_t dictionary_size, 
             table[expert][2] = expert - 1;
         }
         align(&body, 256, 0);
-        starts[1] = body.size;
+        starts[1] = index_starts[layer] = body.size;
         add_bytes(&body, table, sizeof table);
         starts[2] = body.size;
         add_bytes(&body, dictionary_frame, dictionary_size);
@@ -547,11 +548,14 @@ static size_t mutate_body(uint8_t *data, size_t start, size_t size, uint64_t *ra
         }
         return size;
     }
+    if (kind < 5) { /* an expert's offset, size or tokens */
+        at = start + index_starts[below(random, LAYERS)] + 8 * below(random, 3 * EXPERTS);
+    }
     if (kind < 6 && at + 8 <= size) {
         int64_t number = numbers[below(random, sizeof numbers / sizeof *numbers)];
         if (below(random, 2)) {
             memcpy(&number, data + at, 8);
-            number = (int64_t)((uint64_t)number + 256 * below(random, 3) - 256 + below(random, 2));
+            number = (int64_t)((uint64_t)number + below(random, 1025) - 512);
         }
         memcpy(data + at, &number, 8);
         return size;
