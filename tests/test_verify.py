@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
@@ -113,37 +112,6 @@ def test_absent(tmp_path: Path) -> None:
         qmoe_format.verify(tmp_path)
 
 
-def cuts(data: bytes) -> list[int]:
-    """Every size to cut a file to, longest first; of a header's long run of spaces only some."""
-    return [
-        size for size in reversed(range(len(data))) if size % 64 == 0 or data[size - 2 : size + 2] != b" " * 4
-    ]
-
-
-def test_every_truncation_is_refused_when_opened(out: Path, original: dict[str, bytes]) -> None:
-    """The file alone is cut: its size is not the manifest's."""
-    for name, data in original.items():
-        for size in cuts(data):
-            if name == "manifest.json" and data[size:].isspace():
-                continue  # a manifest without its last newline says the same
-            os.truncate(out / name, size)
-            with pytest.raises(FormatError):
-                qmoe_format.open(out)
-        (out / name).write_bytes(data)
-    assert qmoe_format.verify(out).layers == 1
-
-
-@pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json"])
-def test_every_truncation_is_refused_though_the_manifest_agrees(
-    out: Path, original: dict[str, bytes], name: str
-) -> None:
-    for size in cuts(original[name].rstrip()):
-        os.truncate(out / name, size)
-        models.sign(out, name)
-        with pytest.raises(FormatError):
-            qmoe_format.open(out)
-
-
 def test_every_byte_of_the_layer_matters_and_is_located(out: Path, original: dict[str, bytes]) -> None:
     data = original[SHARD]
     generator = random.Random(1)
@@ -159,23 +127,6 @@ def test_every_byte_of_the_layer_matters_and_is_located(out: Path, original: dic
             assert wanted in message
             assert SHARD in message
             assert LAYER in message
-
-
-def test_any_flipped_bit_in_any_file_is_found(out: Path, original: dict[str, bytes]) -> None:
-    generator = random.Random(2)
-    for name, data in original.items():
-        if name == "manifest.json":
-            continue
-        for _ in range(60):
-            position = generator.randrange(len(data))
-            damaged = bytearray(data)
-            damaged[position] ^= 1 << generator.randrange(8)
-            (out / name).write_bytes(damaged)
-            with pytest.raises(FormatError) as caught:
-                qmoe_format.verify(out)
-            assert "\n" not in str(caught.value)
-        (out / name).write_bytes(data)
-    assert qmoe_format.verify(out).layers == 1
 
 
 def test_flips_under_a_signed_manifest_give_a_typed_error_or_the_model(
