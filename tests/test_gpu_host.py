@@ -1,6 +1,8 @@
 """The GPU kernels on the host (gpu_decode/shim), against NumPy: all of them, odd shapes, damaged frames."""
 
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import qmoe_codec
+import sanitizers
 from qmoe_codec import ArgumentError, Dictionary, build_dictionary, encode, round_levels
 from strategies import table_dictionary
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "gpu_decode" / "shim"))
 
+import qmoe_gpu_decode  # noqa: E402
 from host import HostDevice  # noqa: E402
 from qmoe_gpu_decode.encoding import launch_encode  # noqa: E402
 from qmoe_gpu_decode.experts import ExpertProjection, PackedExperts, launch_experts  # noqa: E402
 from qmoe_gpu_decode.matrices import PackedMatrices  # noqa: E402
 from qmoe_gpu_decode.products import ARRAY_DTYPES, launch_decode, launch_matmul, make_plan  # noqa: E402
+from qmoe_gpu_decode.sources import kernel_source  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="GPU KERNELS NOT TESTED: there is no g++")
 
@@ -322,3 +327,127 @@ def test_encode_refuses_what_a_frame_cannot_hold(device: HostDevice) -> None:
         encode_on(
             device, trits, levels, [dictionary, dictionary], 0, selectors=device.upload(np.uint8([0, 0, 0]))
         )
+
+
+def test_the_verbs(device: HostDevice) -> None:
+    rng = np.random.default_rng()
+    packed = pack(rng, 37, 123, 10)
+    (dictionary,) = packed.dictionaries.values()
+    matrix = qmoe_gpu_decode.Matrix(packed.frame, packed.dictionaries, device=device)
+    np.testing.assert_array_equal(matrix.decode(), packed.trits)
+    np.testing.assert_array_equal(matrix.dequantize(), packed.weights.astype(np.float32))
+    for shape in ((123,), (2, 1, 123), (256, 123)):
+        x = rng.normal(size=shape).astype(np.float32)
+        np.testing.assert_allclose(matrix.matmul(x), x @ packed.weights.T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ArgumentError, match="x"):
+        matrix.matmul(np.zeros(122, np.float32))
+    with pytest.raises(ArgumentError, match="dtype"):
+        matrix.dequantize("float64")
+    frame = qmoe_gpu_decode.encode(
+        device.upload(packed.trits), device.upload(packed.levels), dictionary, device=device
+    )
+    assert bytes(frame) == packed.frame
+    with pytest.raises(ArgumentError, match="levels"):
+        qmoe_gpu_decode.encode(packed.trits, packed.levels[:5], dictionary, device=device)
+    with pytest.raises(qmoe_codec.ChecksumError):
+        qmoe_gpu_decode.Matrix(
+            packed.frame[:-17] + b"x" + packed.frame[-16:], packed.dictionaries, device=device
+        )
+
+
+# ---- damaged frames that slip past the checks ----
+
+
+def damage(matrices: PackedMatrices, rng: np.random.Generator) -> None:
+    """Change bytes of a checked frame on the device: of a section, or of all behind the header."""
+    header = matrices.headers[0]
+    sections = [(64, header.frame_size), (header.codewords_start, header.frame_size)]
+    if header.codec:
+        sections.append((header.row_index_start, header.codewords_start))
+    first, last = sections[rng.integers(len(sections))]
+    count = int(rng.choice([1, 8, last - first]))
+    matrices.store[rng.integers(first, last, count)] = rng.choice(
+        [rng.integers(0, 256, count), np.full(count, 255), np.zeros(count)]
+    )
+
+
+def run_damaged(device: HostDevice, rng: np.random.Generator, bits: int, rounds: int) -> None:
+    """No kernel may write outside of its output, or run for ever; the shim watches shared memory."""
+    for number in range(rounds):
+        rows, columns = SHAPES[1 + number % 3]
+        packed = pack(rng, rows, columns, bits, count=1 + number % 4, level_format="e4m4")
+        matrices = PackedMatrices([packed.frame], packed.dictionaries, device)
+        damage(matrices, rng)
+        out, memory = guarded(device, (1, rows, columns), "int8")
+        launch_decode(matrices, out, "int8")
+        check_guard(memory)
+        assert np.isin(out, (-1, 0, 1)).all()  # every byte was written
+        for tokens in (1, 8):
+            x = device.upload(rng.normal(size=(tokens, columns)).astype(np.float32))
+            y, memory = guarded(device, (tokens, rows), "float32")
+            launch_matmul(matrices, x, y, tokens, ("float32", "float32"))
+            check_guard(memory)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 10, 12, 16])
+def test_damaged_frames_stay_within_bounds(device: HostDevice, bits: int) -> None:
+    run_damaged(device, np.random.default_rng(), bits, 3)
+
+
+SANITIZED = """
+import sys
+from pathlib import Path
+import numpy as np
+import test_gpu_host as tests
+device = tests.HostDevice(Path(sys.argv[1]), sanitize=True)
+rng = np.random.default_rng()
+for bits in (0, 10, 16):
+    tests.run_damaged(device, rng, bits, 3)
+tests.test_encode_gives_the_bytes_of_the_cpu(device, 10)
+tests.test_experts(device, 9, 2, True, "bfloat16")
+print("sanitized")
+"""
+
+
+@pytest.mark.slow
+def test_kernels_under_sanitizers(tmp_path: Path) -> None:
+    """Every read and write is watched; a frame lies in a buffer of just its size."""
+    runtime = sanitizers.runtime("libasan.so")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, tmp_path], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "sanitized" in done.stdout, (done.stdout + done.stderr)[-6000:]
+
+
+BROKEN = {
+    "some threads of a block left": "if (threadIdx.x < 32) { __syncthreads(); }",
+    "lanes of a warp are at different": "if (threadIdx.x % 2) { __syncwarp(); } else { warp_sum(1u); }",
+    "a write behind the shared": "DYNAMIC_SHARED(shared); shared[64] = 1;",
+    "not aligned": "DYNAMIC_SHARED(shared); store<u32>(shared + 2, 1);",
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_the_shim_finds_faults(device: HostDevice, message: str, tmp_path: Path) -> None:
+    text = kernel_source("encode.cu", {}).split("// ---- kernels ----")[0]
+    kernel = f'extern "C" __global__ void broken(u32) {{ {BROKEN[message]} }}\n'
+    unit = (
+        '#include "shim.h"\n'
+        + text
+        + kernel
+        + "int main() { u32 zero = 0; void *arguments[] = {&zero}; u32 size = 4;"
+        " return shim::call(broken, {1, 1, 1}, {64, 1, 1}, 64, arguments, &size, 1); }\n"
+    )
+    (tmp_path / "unit.cpp").write_text(unit, "utf-8")
+    program = tmp_path / "unit"
+    command = ["g++", "-std=c++17", f"-I{ROOT / 'gpu_decode' / 'shim'}", tmp_path / "unit.cpp", "-o", program]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr

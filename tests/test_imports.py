@@ -30,9 +30,12 @@ class Rule(NamedTuple):
 CONTAINER = {"numpy", "safetensors", "zstandard", "qmoe_codec"}
 RULES = {
     "qmoe_codec": Rule({"numpy"}),
-    "qmoe_gpu_decode": Rule({"numpy", "cupy", "qmoe_codec"}),
+    "qmoe_gpu_decode": Rule({"numpy", "qmoe_codec"}, {"cupy"}),
+    "qmoe_gpu_decode.torch_ops": Rule({"numpy", "qmoe_codec", "qmoe_gpu_decode", "torch"}),
     "qmoe_format": Rule(CONTAINER),
-    "qmoe_format.torch": Rule({*CONTAINER, "qmoe_format", "torch"}, {"qmoe_gpu_decode"}),
+    "qmoe_format.torch": Rule(
+        {*CONTAINER, "qmoe_format", "torch"}, {"qmoe_gpu_decode", "qmoe_gpu_decode.torch_ops"}
+    ),
     "qmoe_format.transformers": Rule(
         {*CONTAINER, "qmoe_format", "qmoe_format.torch", "torch", "transformers"}, {"qmoe_gpu_decode"}
     ),
@@ -133,6 +136,8 @@ def test_imports_point_one_way(module: str) -> None:
         ("qmoe_format.reader", "try:\n    import qmoe_quantize.plan\nexcept ImportError:\n    pass"),
         ("qmoe_format.torch", "from qmoe_format.transformers import load"),
         ("qmoe_format.torch", "import qmoe_gpu_decode"),
+        ("qmoe_gpu_decode.device", "import cupy"),
+        ("qmoe_gpu_decode.verbs", "def f():\n    from .torch_ops import register"),
         ("qmoe_format.hdf5", "import h5py"),
         ("qmoe_format.reader", "def f():\n    from .hdf5 import to_hdf5"),
         ("qmoe_format.cli.pack", "import qmoe_quantize"),

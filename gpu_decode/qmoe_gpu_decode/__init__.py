@@ -1,1 +1,18 @@
-"""Packed matrices on an NVIDIA GPU."""
+"""Packed matrices on an NVIDIA GPU: unpacked, multiplied and encoded there, the bytes those of the file.
+
+Needs CuPy when something is called, not to be imported. With torch: :mod:`qmoe_gpu_decode.torch_ops`.
+"""
+
+from .experts import ACTIVATIONS, ExpertProjection, PackedExperts
+from .verbs import Matrix, decode, dequantize, encode, matmul
+
+__all__ = [
+    "ACTIVATIONS",
+    "ExpertProjection",
+    "Matrix",
+    "PackedExperts",
+    "decode",
+    "dequantize",
+    "encode",
+    "matmul",
+]

@@ -27,9 +27,13 @@ Argument = np.uint32 | np.uint64
 class Device(Protocol):
     """Where kernels run."""
 
-    multiprocessors: int
-    shared_limit: int
-    """Bytes of shared memory that a block can have."""
+    @property
+    def multiprocessors(self) -> int:
+        """How many blocks can run side by side, at least."""
+
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory that a block can have."""
 
     def __hash__(self) -> int: ...
 

@@ -32,6 +32,7 @@ class HostDevice:
 
     def __init__(self, folder: Path, *, sanitize: bool = False, shared_limit: int = 227 << 10) -> None:
         self.folder = folder
+        self.sanitize = sanitize
         self.flags = (*FLAGS, *(SANITIZERS if sanitize else ()))
         self.multiprocessors = 2
         self.shared_limit = shared_limit
@@ -103,6 +104,12 @@ class HostDevice:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """An array full of a pattern that no kernel means; it is aligned like an allocation on a GPU."""
         wanted = np.dtype(dtype)
+        if self.sanitize:  # a buffer of exactly this size, which the sanitizer guards
+            return (
+                np.full(int(np.prod(shape, dtype=np.int64)) * wanted.itemsize, 0xA5, np.uint8)
+                .view(wanted)
+                .reshape(shape)
+            )
         size = int(np.prod(shape, dtype=np.int64)) * wanted.itemsize
         room = np.full(size + 256, 0xA5, np.uint8)
         start = -room.ctypes.data % 256

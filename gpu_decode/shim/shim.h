@@ -231,7 +231,6 @@ inline void run_block() {
 }
 
 inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Launch what) {
-    constexpr size_t GUARD = 256;
     if (block.x == 0 || block.x % LANES || block.x > MOST_THREADS || block.y != 1 || block.z != 1) {
         shim_fail("a size of block that is not whole warps in one dimension");
     }
@@ -250,7 +249,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Launch what) {
 #if defined(__SANITIZE_ADDRESS__)
     const size_t room = shared_bytes; // the sanitizer guards it
 #else
-    const size_t room = shared_bytes + GUARD;
+    const size_t room = shared_bytes + 256; // a guard behind it
 #endif
     u8 *memory = static_cast<u8 *>(std::aligned_alloc(16, (room + 15) / 16 * 16 + 16));
     for (u32 y = 0; y < grid.y; y++) {

@@ -1,6 +1,6 @@
 """Compile the kernels with nvcc and print what each takes: registers, shared memory, stack, spills.
 
-    python gpu_decode/tools/compile_kernels.py [--all | --sample N] [--arch sm_80 sm_90 sm_100] [--jobs N] [--json FILE]
+    python gpu_decode/tools/compile_kernels.py [--all | --sample N] [--arch sm_90] [--jobs N] [--json FILE]
 
 Needs no GPU. Ends with status 1 if a kernel spills registers or does not compile.
 """
@@ -112,7 +112,8 @@ def main() -> int:
     for usage in found:
         print(
             f"{usage.architecture:7} {usage.kernel:10} {usage.registers:4} registers "
-            f"{usage.shared:5} B shared {usage.stack:4} B stack {usage.spills:4} B spills  {usage.definitions}"
+            f"{usage.shared:5} B shared {usage.stack:4} B stack {usage.spills:4} B spills  "
+            f"{usage.definitions}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps([usage._asdict() for usage in found], indent=1) + "\n", "utf-8")

@@ -1,0 +1,74 @@
+"""The torch operators: their results by way of the host, their fakes, and what is said without a GPU."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from qmoe_codec import ArgumentError, MissingPackageError
+from qmoe_gpu_decode import torch_ops
+from qmoe_gpu_decode.matrices import PackedMatrices
+from test_gpu_host import HostDevice, device, make_layer, pack, pytestmark  # noqa: F401
+
+
+def matrices_on(device: HostDevice, rng: np.random.Generator) -> tuple[PackedMatrices, list[np.ndarray]]:  # noqa: F811
+    several = [pack(rng, 9, 61, 10) for _ in range(2)]
+    packed = PackedMatrices([p.frame for p in several], several[0].dictionaries, device)
+    return packed, [p.weights for p in several]
+
+
+def test_matmul_and_dequantize(device: HostDevice) -> None:  # noqa: F811
+    packed, weights = matrices_on(device, np.random.default_rng())
+    number = torch_ops.register(packed)
+    for tokens in ((), (2, 4), (torch_ops.LARGE_BATCH,)):
+        x = torch.randn(*tokens, 61)
+        y = torch.ops.qmoe.matmul(number, x, 1, 9)
+        torch.testing.assert_close(y, x @ torch.from_numpy(weights[1]).float().T, rtol=1e-4, atol=1e-4)
+    found = torch.ops.qmoe.dequantize(number, torch.zeros(1), 1, 9, 61)
+    torch.testing.assert_close(found, torch.from_numpy(weights[1]).float(), rtol=0, atol=0)
+    with pytest.raises(ArgumentError, match="wrong shape"):
+        torch.ops.qmoe.matmul(number, torch.zeros(1, 60), 0, 9)
+    with pytest.raises(ArgumentError, match="dtype"):
+        torch.ops.qmoe.matmul(number, torch.zeros(1, 61, dtype=torch.int32), 0, 9)
+    del packed
+    with pytest.raises(ArgumentError, match="number"):
+        torch.ops.qmoe.matmul(number, torch.zeros(1, 61), 0, 9)
+
+
+def test_fakes_agree_with_the_operators(device: HostDevice) -> None:  # noqa: F811
+    rng = np.random.default_rng()
+    packed, _ = matrices_on(device, rng)
+    number = torch_ops.register(packed)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch_ops.matmul, (number, torch.randn(3, 61), 0, 9), test_utils=checks)
+    torch.library.opcheck(torch_ops.dequantize, (number, torch.randn(1), 1, 9, 61), test_utils=checks)
+    layer = make_layer(device, rng, 6, 100, 75, gated=True)
+    x, index = torch.randn(9, 100).bfloat16(), torch.randint(0, 6, (9, 2))
+    arguments = (torch_ops.register(layer.experts), x, index, torch.rand(9, 2), "silu")
+    torch.library.opcheck(torch_ops.experts, arguments, test_utils=checks)
+
+
+def test_compile_passes_over_the_operators(device: HostDevice) -> None:  # noqa: F811
+    packed, weights = matrices_on(device, np.random.default_rng())
+    number = torch_ops.register(packed)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.qmoe.matmul(number, x * 2, 0, 9) + 1
+
+    x = torch.randn(1, 61)
+    y = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, 2 * x @ torch.from_numpy(weights[0]).float().T + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_without_cupy_an_error_says_how_to_install_it() -> None:
+    code = (
+        "import sys; sys.modules['cupy'] = None\n"
+        "import qmoe_codec, qmoe_gpu_decode\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n    qmoe_gpu_decode.decode(b'', {})\n"
+        "except qmoe_codec.MissingPackageError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install cupy" in done.stdout and done.stdout.count("\n") == 1
+    assert issubclass(MissingPackageError, Exception)
