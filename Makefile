@@ -14,10 +14,10 @@ SEED ?= 1
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize fuzz bench lint format clean
+.PHONY: help install demo test sanitize fuzz fuzz-guided bench lint format clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(INSTALLED) ## make .venv with everything for development, and build the C core
 
@@ -43,9 +43,27 @@ sanitize: build/sanitize/.stamp ## run the tests that are not slow against a C c
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		QMOE_LIBRARY="$(CURDIR)/build/sanitize/libqmoe.so" $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-fuzz: build/sanitize/.stamp ## fuzz the C library for SECONDS=60 each part, the same way for the same SEED=1
+fuzz: build/sanitize/.stamp ## fuzz every reader for SECONDS=60 each, the same way for the same SEED=1
+	$(BIN)/python -m pytest -q tests/test_fuzz.py -k corpus
+	$(CC) -std=c11 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+		-o build/sanitize/fuzz_reference spec/reference/fuzz_reference.c
+	build/sanitize/fuzz_reference $(SECONDS) $(SEED) $(wildcard spec/vectors/*/*.qmx?)
 	build/sanitize/fuzz_core $(SECONDS) $(SEED) $(wildcard spec/vectors/*/*.qmxd spec/vectors/*/*.qmxm)
 	build/sanitize/fuzz_model $(SECONDS) $(SEED) spec/vectors/valid/dictionary-trees-10.qmxd
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/test_fuzz.py -k python
+	if command -v clang >/dev/null; then $(MAKE) fuzz-guided; else echo "no clang: not guided by coverage" >&2; fi
+
+fuzz-guided: $(VENV)/.tools ## fuzz with clang's libFuzzer, from the committed corpus on
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S codec -B build/guided \
+		-DCMAKE_C_COMPILER=clang -DQMOE_LIBFUZZER=ON >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/guided --target fuzz_core_guided fuzz_model_guided
+	clang -DQMOE_LIBFUZZER -O1 -g -fsanitize=fuzzer,address,undefined \
+		-o build/guided/fuzz_reference spec/reference/fuzz_reference.c
+	mkdir -p build/guided/core build/guided/model build/guided/reference
+	build/guided/fuzz_core_guided -max_total_time=$(SECONDS) -seed=$(SEED) build/guided/core codec/fuzz/corpus
+	build/guided/fuzz_model_guided -max_total_time=$(SECONDS) -seed=$(SEED) build/guided/model
+	build/guided/fuzz_reference -max_total_time=$(SECONDS) -seed=$(SEED) -close_fd_mask=3 \
+		build/guided/reference spec/reference/corpus
 
 clean: ## remove .venv and all build outputs
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

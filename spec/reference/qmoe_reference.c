@@ -19,7 +19,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef MEMORY_LIMIT /* or cc -DMEMORY_LIMIT=… */
 #define MEMORY_LIMIT ((uint64_t)1 << 30)
+#endif
 
 enum { EXIT_RUNTIME = 1, EXIT_USAGE = 2, EXIT_REFUSED = 3, EXIT_VERSION = 4 };
 
