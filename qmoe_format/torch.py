@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from qmoe_codec import Matrix, experts_matmul
+from qmoe_codec import Matrix, experts_matmul, parse_dictionaries
 from qmoe_codec.errors import ArgumentError, MissingPackageError, UnsupportedModelError
 
 from .container import LayerSpec, Projection
@@ -45,7 +45,8 @@ class QMoEExperts(torch.nn.Module):
 
     Notes
     -----
-    Computes on the CPU, in float32, for inference. An index equal to the number of experts is skipped, as in
+    Computes in float32, for inference, where the buffers are: on the CPU, or on a CUDA device by
+    `qmoe_gpu_decode` (which needs CuPy). An index equal to the number of experts is skipped, as in
     transformers, where it marks a token that belongs to another device.
     """
 
@@ -74,6 +75,7 @@ class QMoEExperts(torch.nn.Module):
         self.register_buffer("qmoe_index", torch.zeros(layer.experts, 3, dtype=torch.int64))
         self.register_buffer("qmoe_dictionaries", torch.zeros(dictionaries_bytes, dtype=torch.uint8))
         self._parsed: _ParsedLayer | None = None
+        self._gpu: _GpuLayer | None = None
 
     @classmethod
     def from_packed(
@@ -110,11 +112,13 @@ class QMoEExperts(torch.nn.Module):
         ArgumentError
             A shape or an index does not fit.
         UnsupportedModelError
-            A gradient is needed, or something is not on the CPU.
+            A gradient is needed, or something is neither on the CPU nor, like the rest, on a CUDA device.
         FormatError
             The packed bytes are not what the spec says.
         """
         self._check(hidden_states, top_k_index, top_k_weights)
+        if hidden_states.is_cuda:
+            return self._on_gpu(hidden_states, top_k_index, top_k_weights)
         # In NumPy, which stays on this thread: for few tokens, torch's threads take longer to meet than this.
         choices = top_k_index.shape[1]
         experts = top_k_index.reshape(-1).numpy()
@@ -144,16 +148,31 @@ class QMoEExperts(torch.nn.Module):
         hidden = self.act_fn(hidden) if self.gate is None else self.act_fn(multiply(self.gate, x)) * hidden
         return multiply(self.down, hidden.numpy()).numpy()
 
+    def _on_gpu(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The same by the GPU's kernels, on torch's stream, with no word to or from the host."""
+        from qmoe_gpu_decode import torch_ops
+
+        if self._gpu is None or not self._gpu.is_of(self._packed_buffers()):
+            self._gpu = _GpuLayer(self.layer, self._packed_buffers(), self.verify)
+        output: torch.Tensor = torch_ops.experts(
+            self._gpu.number, x, index, weights, _activation_name(self.act_fn, self.layer.prefix)
+        )
+        return output
+
+    def _packed_buffers(self) -> tuple[torch.Tensor, ...]:
+        return (self.qmoe_store, self.qmoe_index, self.qmoe_dictionaries)
+
     def _check(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         prefix = self.layer.prefix
+        place = hidden_states.device
         for name, tensor in (("hidden_states", hidden_states), *self.named_buffers(recurse=False)):
-            if tensor.device.type != "cpu":
+            if tensor.device != place or place.type not in ("cpu", "cuda"):
                 raise UnsupportedModelError(
-                    "packed experts compute on the CPU",
+                    "packed experts compute on the CPU or a CUDA device, where their buffers are",
                     file=prefix,
                     field=name,
                     value=tensor.device,
-                    expected="cpu",
+                    expected="cpu or cuda, the same for all",
                 )
         if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
             raise UnsupportedModelError(
@@ -175,7 +194,12 @@ class QMoEExperts(torch.nn.Module):
                 value=f"{tuple(index.shape)}, {tuple(weights.shape)}",
                 expected=f"both [{hidden_states.shape[0]}, experts per token]",
             )
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) <= self.num_experts:
+        # On a GPU a look at the index would wait for it; the kernels skip what is no expert's.
+        if (
+            place.type == "cpu"
+            and index.numel()
+            and not 0 <= int(index.min()) <= int(index.max()) <= self.num_experts
+        ):
             raise ArgumentError(
                 "no such expert",
                 file=prefix,
@@ -186,17 +210,17 @@ class QMoEExperts(torch.nn.Module):
 
     def _layer(self) -> _ParsedLayer:
         """The parsed layer, made anew when a buffer was replaced, moved or loaded into."""
-        buffers = (self.qmoe_store, self.qmoe_index, self.qmoe_dictionaries)
+        buffers = self._packed_buffers()
         if self._parsed is None or not self._parsed.is_of(buffers):
             self._parsed = _ParsedLayer(self.layer, buffers, self.verify)
         return self._parsed
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._parsed = None  # the buffers are written in place, which is_of() does not see
+        self._parsed = self._gpu = None  # the buffers are written in place, which is_of() does not see
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parsed": None}
+        return {**self.__dict__, "_parsed": None, "_gpu": None}
 
     def extra_repr(self) -> str:
         """Experts, width and bits per weight."""
@@ -231,6 +255,61 @@ class _ParsedLayer(PackedLayer):
             found = {name: self.matrix(expert, name, verify=self._verify) for name in names}
             self._matrices[expert] = found
         return found
+
+
+class _GpuLayer:
+    """A layer whose buffers are on a GPU: checked on the host once, multiplied where it lies."""
+
+    def __init__(self, spec: LayerSpec, buffers: tuple[torch.Tensor, ...], verify: bool) -> None:
+        from qmoe_gpu_decode import ExpertProjection, PackedExperts, torch_ops
+        from qmoe_gpu_decode.device import cuda_device
+
+        device = cuda_device(buffers[0].device.index)
+        store, index, dictionaries = (buffer.contiguous().cpu().numpy() for buffer in buffers)
+        projections = [ExpertProjection(p.role, p.rows, p.columns) for p in spec.projections]
+        self.experts = PackedExperts(
+            store.data,
+            index,
+            parse_dictionaries(dictionaries.data),
+            projections,
+            device,
+            device_store=buffers[0].contiguous(),
+            verify=verify,
+        )
+        self.number = torch_ops.register(self.experts)
+        self._buffers = buffers
+        self._pointers = [buffer.data_ptr() for buffer in buffers]
+
+    def is_of(self, buffers: tuple[torch.Tensor, ...]) -> bool:
+        """Whether these are still the same tensors at the same place in memory."""
+        same = all(new is old for new, old in zip(buffers, self._buffers, strict=True))
+        return same and [buffer.data_ptr() for buffer in buffers] == self._pointers
+
+
+def _activation_name(activation: Callable[[torch.Tensor], torch.Tensor], prefix: str) -> str:
+    """The activation's name among those that the GPU's kernels have."""
+    if isinstance(activation, torch.nn.GELU):
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    names = {
+        "SiLU": "silu",
+        "SiLUActivation": "silu",
+        "GELUActivation": "gelu",
+        "GELUTanh": "gelu_tanh",
+        "PytorchGELUTanh": "gelu_tanh",
+        "NewGELUActivation": "gelu_tanh",
+        "ReLU": "relu",
+        "Identity": "none",
+    }
+    name = names.get(type(activation).__name__)
+    if name is None:
+        raise UnsupportedModelError(
+            "the GPU's kernels do not have this activation",
+            file=prefix,
+            field="activation",
+            value=type(activation).__name__,
+            expected=sorted(names),
+        )
+    return name
 
 
 def _as_array(tensor: torch.Tensor) -> NDArray[np.float32]:

@@ -6,10 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from qmoe_codec import ArgumentError, MissingPackageError
+from qmoe_codec import ArgumentError, MissingPackageError, UnsupportedModelError
 from qmoe_gpu_decode import torch_ops
 from qmoe_gpu_decode.matrices import PackedMatrices
 from test_gpu_host import HostDevice, device, make_layer, pack, pytestmark  # noqa: F401
+
+from qmoe_format.torch import _activation_name
 
 
 def matrices_on(device: HostDevice, rng: np.random.Generator) -> tuple[PackedMatrices, list[np.ndarray]]:  # noqa: F811
@@ -72,3 +74,10 @@ def test_without_cupy_an_error_says_how_to_install_it() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install cupy" in done.stdout and done.stdout.count("\n") == 1
     assert issubclass(MissingPackageError, Exception)
+
+
+def test_activations_that_the_kernels_have() -> None:
+    assert _activation_name(torch.nn.SiLU(), "layer") == "silu"
+    assert _activation_name(torch.nn.GELU("tanh"), "layer") == "gelu_tanh"
+    with pytest.raises(UnsupportedModelError, match=r"layer: activation: .*Mish"):
+        _activation_name(torch.nn.Mish(), "layer")

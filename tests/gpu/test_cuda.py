@@ -8,14 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import qmoe_codec
+import qmoe_gpu_decode
 import torch
 from qmoe_codec import encode
-
-if not torch.cuda.is_available():
-    pytest.skip("NOT TESTED ON A GPU: torch finds none", allow_module_level=True)
-cupy = pytest.importorskip("cupy", reason="NOT TESTED ON A GPU: cupy is not installed")
-
-import qmoe_gpu_decode
 from qmoe_gpu_decode import torch_ops
 from qmoe_gpu_decode.device import cuda_device
 from qmoe_gpu_decode.matrices import PackedMatrices
@@ -33,6 +28,10 @@ from test_gpu_host import (
     silu,
     to_bits,
 )
+
+if not torch.cuda.is_available():
+    pytest.skip("NOT TESTED ON A GPU: torch finds none", allow_module_level=True)
+cupy = pytest.importorskip("cupy", reason="NOT TESTED ON A GPU: cupy is not installed")
 
 LARGE_SHAPES = [*SHAPES, (768, 3072), (6144, 2080), (257, 40000)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
