@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -277,6 +277,25 @@ class SafetensorsFile:
             raise ArgumentError("no such tensor", file=self.path, value=name)
         tensor = self.tensors[name]
         return self._view[tensor.start : tensor.end]
+
+    def sha256(self, on_bytes: Callable[[int], None] | None = None) -> str:
+        """SHA-256 of the file as it is mapped; `on_bytes` is told the size of each piece.
+
+        Raises
+        ------
+        ArgumentError
+            The file is closed.
+        """
+        view = self._view
+        if view is None:
+            raise ArgumentError("the file is closed", file=self.path)
+        digest = hashlib.sha256()
+        for start in range(0, self.nbytes, CHUNK_BYTES):
+            piece = view[start : start + CHUNK_BYTES]
+            digest.update(piece)
+            if on_bytes is not None:
+                on_bytes(len(piece))
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Let go of the map. Views given out stay valid: the last one that dies unmaps the file."""
