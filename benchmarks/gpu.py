@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --chart FILE --plot OUT.png     a chart of results that are there already
 
 Each measurement is a CUDA graph of calls that go round enough matrices to leave the L2, timed by events;
-reported are the median over replays and the quartiles, in microseconds a call. Bytes and lane instructions are
-counted, not measured: see gpu_decode/NOTES.md. Needs a GPU, cupy and torch.
+reported are the median over replays and the quartiles, in microseconds a call. Bytes and lane instructions
+are counted, not measured: see gpu_decode/NOTES.md. Needs a GPU, cupy and torch.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def measure_grouped(
 def measure_qmoe(path: Path, replays: int) -> dict[str, Any]:
     """The QMoE authors' kernel: PATH is a Python file with ``prepare(rows, columns, copies)``.
 
-    It builds their extension from their checkout and returns a list of functions without arguments, one product
-    of one token each, on different matrices; nothing of theirs is kept here.
+    It builds their extension from their checkout and returns a list of functions without arguments, one
+    product of one token each, on different matrices; nothing of theirs is kept here.
     """
     spec = importlib.util.spec_from_file_location("qmoe_peer", path)
     if spec is None or spec.loader is None:
@@ -252,7 +252,7 @@ def measure_qmoe(path: Path, replays: int) -> dict[str, Any]:
 
 
 def chart(results: dict[str, Any], out: Path) -> None:
-    """A roofline: what was achieved for one and eight tokens, beside the times that the counts allow."""
+    """A roofline: what one and eight tokens took, beside the times that the counts give."""
     import matplotlib
 
     matplotlib.use("Agg")
