@@ -25,10 +25,10 @@ import numpy as np
 import torch
 import transformers
 from demo_model import (
+    WINDOW,
     Decode,
     Encode,
     Settings,
-    bits_per_byte,
     generation_rate,
     sample,
     split,
@@ -36,9 +36,11 @@ from demo_model import (
     train,
 )
 from qmoe_codec.errors import QMoEError
+from qmoe_quantize.evaluation import EvaluationOptions, evaluate
 from safetensors import safe_open
 
 import qmoe_format
+from qmoe_format.cli.sweep_plot import Mark, draw
 from qmoe_format.transformers import load
 
 MARKER = ".qmoe-demo"
@@ -46,6 +48,7 @@ PROMPT = b"def read(self, size=-1):\n"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Packed and unpacked model compute the same sums in another order; bits per byte
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+RD_SHARE = 0.8  # of the bits that minmax takes
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -123,6 +126,7 @@ def run(
     *,
     model: Path | None = None,
     windows: int = 768,
+    calibration_windows: int = 512,
     dtype: torch.dtype = torch.float32,
 ) -> list[Row]:
     """The whole demo; returns the rows of its table."""
@@ -130,6 +134,9 @@ def run(
     clock = Clock()
     claim(out)
     text, held_out = split(standard_library_text())
+    training, scored = out / "training.txt", out / "held-out.txt"
+    training.write_bytes(text)
+    scored.write_bytes(held_out)
 
     if model is None:
         headline(f"Train a model on {len(text):,} bytes of Python's standard library")
@@ -155,6 +162,16 @@ def run(
     packed_lsq = out / "packed-lsq"
     command(clock, "pack lsq", "qmoe-pack", model, packed_lsq, "--levels", "lsq", "--force")
 
+    headline("Calibrated on text, trading squared error against bits: fewer bits, and far less loss")
+    packed_rd = out / "packed-rd"
+    _, packed_bytes, weights = sizes(packed, packed)
+    calibration = ("--calib", training, "--calib-range", "0:1", "--nsamples", str(calibration_windows))
+    wanted = f"{RD_SHARE * 8 * packed_bytes / weights:.2f}"
+    command(
+        clock, "pack rd", "qmoe-pack", model, packed_rd, *calibration, "--seqlen", str(WINDOW),
+        "--target-bpw", wanted, "--force",
+    )  # fmt: skip
+
     headline("Load and run")
     rows, samples = [], {}
     auto = transformers.AutoModelForCausalLM
@@ -164,18 +181,27 @@ def run(
         ("unpacked minmax", unpacked, auto.from_pretrained, dtype),
         ("packed minmax", packed, load, dtype),
         ("packed lsq", packed_lsq, load, dtype),
+        ("packed rd", packed_rd, load, dtype),
     ]
     for name, path, loader, compute in models:
         start = time.perf_counter()
         loaded = loader(path, dtype=compute)
         load_seconds = time.perf_counter() - start
         with clock.step(f"evaluate {name}"):
-            loss, evaluation_rate = bits_per_byte(loaded, held_out, encode, windows)
+            score = evaluate(
+                path, EvaluationOptions(str(scored), window=WINDOW, windows=windows), model=loaded
+            )
         with clock.step(f"generate {name}"):
             samples[name] = sample(loaded, PROMPT, encode, decode, tokens=80)
             speed = generation_rate(loaded, PROMPT, encode, tokens=64)
-        rows.append(Row(name, *sizes(path, packed), loss, load_seconds, speed, evaluation_rate))
-        print(f"{name}: {loss:.4f} bits per held-out byte, {speed:.0f} tokens/s generated", flush=True)
+        evaluation_rate = score.tokens / score.seconds
+        rows.append(
+            Row(name, *sizes(path, packed), score.bits_per_byte, load_seconds, speed, evaluation_rate)
+        )
+        print(
+            f"{name}: {score.bits_per_byte:.4f} bits per held-out byte, {speed:.0f} tokens/s generated",
+            flush=True,
+        )
     by_name = {row.name: row for row in rows}
     difference = abs(by_name["unpacked minmax"].bits_per_byte - by_name["packed minmax"].bits_per_byte)
     require(
@@ -185,12 +211,12 @@ def run(
     headline("What each goes on with")
     for name, continuation in samples.items():
         print(f"--- {name}\n{continuation.rstrip()}")
-    points = [
-        (row.name.removeprefix("packed "), row.bits, row.bits_per_byte)
+    marks = [
+        Mark("rd" if row.name == "packed rd" else "nearest", row.name, row.bits, row.bits_per_byte)
         for row in rows
         if row.name.startswith("packed")
     ]
-    draw_rate_loss(points, rows[0].bits_per_byte, out / "rate-loss.png")
+    draw(marks, rows[0].bits_per_byte, "What fewer bits cost", str(out / "rate-loss.png"))
 
     headline("In short")
     print(table(rows))
@@ -199,8 +225,9 @@ def run(
     print(f"pictures: {out / 'inspect.png'}, {out / 'rate-loss.png'}")
     print(f"tokens per second: on {torch.get_num_threads()} threads each; packed experts compute in float32")
     print(
-        "The weights were rounded to the nearest of three levels without looking at any data, and the table\n"
-        "shows what that costs: minmax takes the fewest bits and loses most, lsq takes more and loses less."
+        "minmax and lsq round weights to the nearest of three levels without looking at any data: minmax\n"
+        "takes fewer bits and loses most, lsq takes more and loses less. rd looks at the text that the\n"
+        "model was trained on and spends bits where they save error: it takes fewest."
     )
     return rows
 
@@ -349,43 +376,6 @@ def table(rows: Sequence[Row]) -> str:
         right = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *right]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def draw_rate_loss(points: Sequence[tuple[str, float, float]], original: float, path: Path) -> None:
-    """Draw bits per expert weight against bits per byte.
-
-    `points` are (label, bits per weight, bits per byte); `original` is the loss of the model that was packed.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    rising = sorted(points, key=lambda point: point[1])
-    axes.plot([bits for _, bits, _ in rising], [loss for *_, loss in rising], "o-", color="#1f5fa8", lw=1)
-    for label, bits, loss in rising:
-        text = f"{label}\n{bits:.2f} bits, loss {loss:.2f}"
-        axes.annotate(text, (bits, loss), xytext=(8, 4), textcoords="offset points", va="bottom", fontsize=9)
-    axes.axhline(original, color="#b02a2a", ls="--", lw=1)
-    axes.annotate(
-        f"original, loss {original:.2f}",
-        (0, original),
-        xycoords=("axes fraction", "data"),
-        xytext=(6, -4),
-        textcoords="offset points",
-        va="top",
-        fontsize=9,
-        color="#b02a2a",
-    )
-    losses = [original, *(loss for *_, loss in rising)]
-    room = max(max(losses) - min(losses), 0.1)
-    axes.set_ylim(min(losses) - 0.25 * room, max(losses) + 0.35 * room)
-    axes.set_xlim(0, 1.35 * rising[-1][1])
-    axes.set_xlabel("bits per expert weight, everything counted")
-    axes.set_ylabel("bits per held-out byte")
-    axes.set_title("What fewer bits cost", loc="left")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo's own model: a small OLMoE on bytes, trained from nothing, and how its loss is measured."""
+"""The demo's own model: a small OLMoE on bytes, trained from nothing; and how models generate."""
 
 from __future__ import annotations
 
@@ -52,10 +52,14 @@ def split(text: bytes) -> tuple[bytes, bytes]:
     return text[:cut], text[cut:]
 
 
-def train(settings: Settings, text: bytes) -> OlmoeForCausalLM:
-    """Train a model whose tokens are bytes."""
+Inputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+Save = Callable[[PreTrainedModel], None]
+
+
+def olmoe(settings: Settings) -> OlmoeForCausalLM:
+    """An untrained model whose tokens are bytes."""
     torch.manual_seed(settings.seed)
-    model = OlmoeForCausalLM(
+    return OlmoeForCausalLM(
         OlmoeConfig(
             vocab_size=256,
             hidden_size=settings.hidden,
@@ -74,6 +78,27 @@ def train(settings: Settings, text: bytes) -> OlmoeForCausalLM:
             pad_token_id=None,
         )
     )
+
+
+def train(settings: Settings, text: bytes) -> OlmoeForCausalLM:
+    """Train a model whose tokens are bytes."""
+    model = olmoe(settings)
+    optimize(model, settings, text, WINDOW + 1, lambda tokens: {"input_ids": tokens, "labels": tokens})
+    return model.eval()
+
+
+def optimize(
+    model: PreTrainedModel,
+    settings: Settings,
+    text: bytes,
+    length: int,
+    inputs: Inputs,
+    save: Save | None = None,
+) -> None:
+    """Train on windows of `length` bytes from all over `text`; `inputs` makes the model's arguments of them.
+
+    `save` is called every five minutes.
+    """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -92,11 +117,12 @@ def train(settings: Settings, text: bytes) -> OlmoeForCausalLM:
     generator = torch.Generator().manual_seed(settings.seed)
     model.train()
     smooth = math.log(256)
+    saved = time.monotonic()
     with tqdm(range(settings.steps), desc="training", unit="step") as bar:
         for _ in bar:
-            starts = torch.randint(len(data) - WINDOW, (settings.batch, 1), generator=generator)
-            tokens = data[starts + torch.arange(WINDOW + 1)].long()
-            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+            starts = torch.randint(len(data) - length + 1, (settings.batch, 1), generator=generator)
+            tokens = data[starts + torch.arange(length)].long()
+            output = model(**inputs(tokens), use_cache=False)
             optimizer.zero_grad()
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -104,33 +130,13 @@ def train(settings: Settings, text: bytes) -> OlmoeForCausalLM:
             schedule.step()
             smooth += 0.05 * (output.loss.item() - smooth)
             bar.set_postfix_str(f"{smooth / math.log(2):.2f} bits/byte")
-    return model.eval()
+            if save and time.monotonic() - saved > 300:
+                save(model)
+                saved = time.monotonic()
 
 
 Encode = Callable[[bytes], list[int]]
 Decode = Callable[[list[int]], str]
-
-
-@torch.inference_mode()
-def bits_per_byte(model: PreTrainedModel, text: bytes, encode: Encode, windows: int) -> tuple[float, float]:
-    """Mean bits that the model needs for a byte of `text`, in windows of 128 tokens and one before them.
-
-    Also gives tokens per second: of the median batch, so that a pause of the machine does not count.
-    """
-    text = text[: 16 * windows * (WINDOW + 1)]  # more than enough, whatever the tokenizer
-    tokens = torch.tensor(encode(text))
-    bytes_per_token = len(text) / max(len(tokens), 1)
-    tokens = tokens[: len(tokens) // (WINDOW + 1) * (WINDOW + 1)].reshape(-1, WINDOW + 1)[:windows]
-    if not len(tokens):
-        raise SystemExit(f"{len(text)} bytes of held-out text are less than one window of {WINDOW} tokens")
-    total, rates = 0.0, []
-    for batch in tqdm(tokens.split(8), desc="evaluating", unit="batch", leave=False):
-        start = time.perf_counter()
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1)
-        losses = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
-        total += losses.item()
-        rates.append(batch[:, 1:].numel() / (time.perf_counter() - start))
-    return total / math.log(2) / (len(tokens) * WINDOW * bytes_per_token), statistics.median(rates)
 
 
 @torch.inference_mode()
