@@ -3,8 +3,8 @@
     python benchmarks/verify.py [--megabytes 512] [--json FILE]
 
 For each kind of content a packed model of that size is made: experts of one dictionary width, which repeat,
-or dense tensors. Processor seconds of the whole process are counted, all threads together, the files in the page
-cache: so the rate is that of one core. Opening a model, and taking every matrix with and without its body
+or dense tensors. Processor seconds of the whole process are counted, all threads together, the files in the
+page cache: so the rate is that of one core. Opening a model, and taking every matrix with and without its body
 checked, are timed beside it.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
@@ -142,9 +143,11 @@ def main() -> None:
             write_dense(out, options.megabytes, zstd)
             content[f"dense, {name}"] = measure(out)
     result = {
-        "experts": f"[{WIDTH}, {HIDDEN}] and [{HIDDEN}, {WIDTH}]",
+        "experts_shapes": f"[{WIDTH}, {HIDDEN}] and [{HIDDEN}, {WIDTH}]",
         "content": content,
         "processor": processor(),
+        "processors": os.cpu_count(),
+        "load_average": [round(load, 1) for load in os.getloadavg()],
         "kernels": qmoe_codec.kernels_name(),
         "python": platform.python_version(),
         "numpy": np.__version__,
