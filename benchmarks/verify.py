@@ -4,8 +4,8 @@
 
 For each kind of content a packed model of that size is made: experts of one dictionary width, which repeat,
 or dense tensors. Processor seconds of the whole process are counted, all threads together, the files in the
-page cache: so the rate is that of one core. Opening a model, and taking every matrix with and without its body
-checked, are timed beside it.
+page cache: so the rate is that of one core. Opening a model, and taking every matrix with and without its
+body checked, are timed beside it.
 """
 
 from __future__ import annotations

@@ -316,9 +316,9 @@ class PackedLayer:
         projection : str
             Its name, such as ``gate_proj``.
         verify : bool
-            Check checksum and payload as well; the header, its place in the layer, and the row index are always
-            checked. That reads the whole frame, at 1.2 GB/s and more of one core, instead of the tenth that
-            is the row index (``benchmarks/results/verify.json``).
+            Check checksum and payload as well; the header, its fit to the layer, and the row index are
+            always checked. That reads the whole frame, at 1.2 GB/s of one core or more, and so takes three to
+            ten times as long (``benchmarks/results/verify.json``).
 
         Raises
         ------
