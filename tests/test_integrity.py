@@ -11,7 +11,7 @@ from types import ModuleType
 
 import packed_models as models
 import pytest
-from qmoe_codec import crc32c, flipped_bit
+from qmoe_codec import crc32c, flipped_bit, reference
 
 import qmoe_format
 from qmoe_format import ChecksumError, FormatError
@@ -85,6 +85,17 @@ def test_a_checksum_tells_which_bit_was_flipped(size: int) -> None:
         assert flipped_bit(size, stored, crc32c(bytes(data))) == bit
         data[bit // 8] ^= 1 << bit % 8
     assert flipped_bit(size, stored, stored) is None
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 3071, 3072, 3073, 6144, 9999, 12_288])
+def test_the_checksum_of_the_core_is_that_of_the_reference(size: int) -> None:
+    """It takes three parts of 1 kB side by side where the processor can."""
+    data = random.Random(size).randbytes(size + 3)
+    for start, value in ((0, 0), (3, 0xDEADBEEF)):
+        part = data[start : start + size]
+        assert crc32c(part, value) == reference.crc32c(part, value)
+        half = size // 2
+        assert crc32c(part[half:], crc32c(part[:half], value)) == reference.crc32c(part, value)
 
 
 def test_a_checksum_does_not_blame_one_bit_for_several() -> None:
