@@ -32,7 +32,9 @@ RED = 512  # bytes of red zone on both sides of what a kernel writes
 
 @pytest.fixture(scope="session")
 def device(tmp_path_factory: pytest.TempPathFactory) -> HostDevice:
-    return HostDevice(tmp_path_factory.mktemp("kernels"))
+    folder = tmp_path_factory.getbasetemp() / "kernels"  # shared by test files
+    folder.mkdir(exist_ok=True)
+    return HostDevice(folder)
 
 
 @dataclass

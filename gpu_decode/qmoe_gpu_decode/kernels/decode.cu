@@ -52,7 +52,7 @@ __device__ inline void flush_window(u8 *window, u32 count, u8 *out, u64 first, b
 }
 
 // grid: x rows, y matrices, all of one shape; out [matrices][rows][columns].
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 24 / WARPS)
     decode(const Matrix *matrices, const u32 *all_tables, u8 *out, u32 table_bytes) {
     DYNAMIC_SHARED(shared);
     __shared__ Matrix matrix;

@@ -47,7 +47,7 @@ __device__ inline void enter_tile(const Matrix &matrix, const Matrix &gates, con
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
     enter(const Matrix *matrices, u32 projections, u32 gate, u32 up, const u32 *all_tables, const u8 *x,
           const u32 *order, u32 choices, const RoutedTile *tiles, float *hidden, u32 table_bytes, u32 x_bytes) {
     DYNAMIC_SHARED(shared);

@@ -20,7 +20,7 @@ __device__ inline void leave_tile(const Matrix &matrix, const u32 *all_tables, c
 }
 
 // grid: x rows, y tiles. result [pairs][rows] in the router's order; pairs of no expert stay as they are.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
     leave(const Matrix *matrices, u32 projections, u32 down, const u32 *all_tables, const float *hidden,
           const u32 *order, const RoutedTile *tiles, float *result, u32 table_bytes, u32 x_bytes) {
     DYNAMIC_SHARED(shared);

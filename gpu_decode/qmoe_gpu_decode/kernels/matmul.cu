@@ -6,7 +6,7 @@
 #include "multiply.cuh"
 
 // grid: x rows, y tiles of tokens.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 24 / WARPS)
     matmul(const Matrix *matrices, const u32 *all_tables, const u8 *x, u8 *y, u32 tokens, u32 table_bytes,
            u32 x_bytes) {
     DYNAMIC_SHARED(shared);
