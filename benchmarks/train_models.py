@@ -59,6 +59,13 @@ def switch(settings: Settings) -> SwitchTransformersForConditionalGeneration:
     with torch.no_grad():
         model.shared.weight.mul_(0.05)
         model.lm_head.weight.mul_(0.05)
+        # Likewise the biases of positions, which would take thousands of steps to tell near from far:
+        # they start with a preference for near ones, of another strength in each head.
+        slopes = torch.linspace(0, 1, settings.heads)
+        for name, bias in model.named_parameters():
+            if "relative_attention_bias" in name:
+                one_way = len(bias) if "decoder" in name else len(bias) // 2  # buckets by rising distance
+                bias.copy_(-(torch.arange(len(bias)) % one_way)[:, None] * slopes)
     return model
 
 
