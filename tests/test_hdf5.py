@@ -576,6 +576,18 @@ def test_pack_a_checkpoint_to_hdf5(run: Any, tmp_path: Path) -> None:
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     code, _, error = run("pack", source, tmp_path / "out.h5")
     assert (code, "exists already" in error) == (2, True)
+    assert not (tmp_path / "out.h5.directory").exists()
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise QMoEError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:  # what took long is not lost
+        patch.setattr("qmoe_format.hdf5.to_hdf5", no_space)
+        code, _, error = run("pack", source, tmp_path / "full.h5", "--dense", "zstd")
+    assert (code, "No space left" in error, "full.h5.directory" in error) == (1, True, True)
+    assert contents(tmp_path / "full.h5.directory") == contents(tmp_path / "out")
+    assert run("pack", tmp_path / "full.h5.directory", tmp_path / "full.h5")[0] == 0
+    assert (tmp_path / "full.h5").read_bytes() == (tmp_path / "out.h5").read_bytes()
     edit_json(source / "config.json", lambda config: config.update(model_type="other"))
     code, _, error = run("pack", source, tmp_path / "new.h5")
     assert code == 1

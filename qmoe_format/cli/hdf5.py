@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qmoe_codec.errors import ArgumentError
+from qmoe_codec.errors import ArgumentError, QMoEError
 
 from ..container import MANIFEST
+from ..files import os_errors
 from .common import ProgressBar, print_json, refuse_options
 from .text import size
 
@@ -56,17 +58,27 @@ def run_conversion(options: argparse.Namespace) -> bool:
 
 @contextlib.contextmanager
 def directory_output(options: argparse.Namespace) -> Iterator[str]:
-    """Where to pack to: OUT, or, where that is an HDF5 file, a directory beside it that becomes the file."""
+    """Where to pack to: OUT, or, where that is an HDF5 file, a directory beside it that becomes the file.
+
+    The directory is always called the same, so that ``--resume`` finds the finished layers of an interrupted
+    run.
+    """
     if options.out is None or options.dry_run or not is_hdf5(options.out):
         yield options.out
         return
-    from ..hdf5 import check_output, temporary_directory, to_hdf5
+    from ..hdf5 import check_output, to_hdf5
 
     check_output(options.out, force=options.force)
-    with temporary_directory(Path(os.path.realpath(options.out)).parent) as folder:
-        yield str(folder / "model")
+    directory = Path(f"{os.path.realpath(options.out)}.directory")
+    yield str(directory)
+    try:
         with ProgressBar("converting", quiet=options.quiet) as progress:
-            to_hdf5(folder / "model", options.out, force=options.force, progress=progress)
+            to_hdf5(directory, options.out, force=options.force, progress=progress)
+    except QMoEError as error:
+        error.message += f"; the packed model is in {directory}"
+        raise
+    with os_errors(directory):
+        shutil.rmtree(directory)
 
 
 @contextlib.contextmanager

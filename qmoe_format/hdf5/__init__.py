@@ -186,19 +186,12 @@ def as_directory(
     source: str | os.PathLike[str], parent: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> Iterator[Path]:
     """The packed model in an HDF5 file as a directory for a while, somewhere in the directory `parent`."""
-    with temporary_directory(parent) as folder:
-        out = folder / "model"
-        from_hdf5(source, out, progress=progress)
-        yield out
-
-
-@contextlib.contextmanager
-def temporary_directory(parent: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory in `parent` that is there for a while."""
     with os_errors(parent):
         folder = tempfile.TemporaryDirectory(prefix=".qmoe-", dir=parent)
     with folder as name:
-        yield Path(name)
+        out = Path(name) / "model"
+        from_hdf5(source, out, progress=progress)
+        yield out
 
 
 def check_output(out: str | os.PathLike[str], *, force: bool) -> None:
@@ -218,7 +211,6 @@ __all__ = [
     "check_output",
     "from_hdf5",
     "is_hdf5_name",
-    "temporary_directory",
     "to_hdf5",
     "verify_hdf5",
 ]
