@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 from qmoe_codec.errors import HeaderError, MissingPackageError, QMoEError
+
+from qmoe_format.files import os_errors
 
 # HDF5 has no bfloat16; its bits are kept as an unsigned integer.
 _STORED: dict[torch.dtype, tuple[str, torch.dtype]] = {
@@ -49,6 +52,29 @@ def h5_errors(path: Path) -> Iterator[None]:
         raise HeaderError(f"not what it should be: {error}", file=path) from error
 
 
+_MARGIN = 1 << 16  # bytes: what HDF5 writes beside the values
+
+
+def reserve(path: Path, nbytes: int) -> None:
+    """Have room on the disk for so many bytes of a file, and a margin, before HDF5 is asked to write them.
+
+    A write that fails within HDF5 is reported late, more than once, and may end the process when it exits.
+
+    Raises
+    ------
+    QMoEError
+        The disk is full, or the file would be too large.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with os_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes + _MARGIN)
+        finally:
+            os.close(descriptor)
+
+
 class Activations:
     """Named arrays of rows in one file; a context manager.
 
@@ -56,16 +82,25 @@ class Activations:
     ----------
     path : Path
     create : bool
-        Make a new file, in place of one that is there; otherwise open one to read and write.
+        Make a new file, in place of one that is there; otherwise open one.
+    change : bool
+        Whether one that is opened may be written to. A file is not opened so unless it must be: what a
+        process leaves open for writing when it is killed may not be opened again.
     """
 
-    def __init__(self, path: Path, *, create: bool) -> None:
+    def __init__(self, path: Path, *, create: bool, change: bool = False) -> None:
         self.path = path
+        self._written = create or change
+        self._nbytes = 0
+        if create:
+            reserve(path, 0)
         with h5_errors(path):
-            self._file = h5py().File(path, "w" if create else "r+", libver="latest")
+            self._file = h5py().File(path, "w" if create else "r+" if change else "r")
 
     def make(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, zero: bool = False) -> None:
         """Make an array; its values are undefined until written, unless `zero`."""
+        self._nbytes += math.prod(shape) * np.dtype(_STORED[dtype][0]).itemsize
+        reserve(self.path, self._nbytes)
         with h5_errors(self.path):
             if name in self._file:
                 del self._file[name]
@@ -103,8 +138,9 @@ class Activations:
         """Flush the file to the disk and close it."""
         with h5_errors(self.path):
             if self._file:
-                self._file.flush()
                 self._file.close()
+                if not self._written:
+                    return
                 descriptor = os.open(self.path, os.O_RDONLY)
                 try:
                     os.fsync(descriptor)

@@ -29,7 +29,7 @@ from torch import Tensor
 from qmoe_format.container import LayerSpec, Projection
 from qmoe_format.files import sync_directory
 
-from .activations import h5_errors, h5py
+from .activations import h5_errors, h5py, reserve
 from .mixture import FEW_TOKENS, LayerRun
 from .problem import MatrixGroup
 
@@ -86,6 +86,8 @@ class StoreWriter:
             "data": list(provenance.data),
             "settings": dict(provenance.settings),
         }
+        self._nbytes = 0
+        reserve(self._partial, 0)
         with h5_errors(self._partial):
             self._file = h5py().File(self._partial, "w")
             self._file.attrs["head"] = json.dumps(head, sort_keys=True)
@@ -108,8 +110,11 @@ class StoreWriter:
 
     def put(self, prefix: str, count: int, name: str, experts: slice, values: Tensor) -> None:
         """Write values of some of a layer's `count` experts."""
+        place = f"{prefix}/{name}"
+        if place not in self._file:
+            self._nbytes += 4 * count * values[0].numel()
+            reserve(self._partial, self._nbytes)
         with h5_errors(self._partial):
-            place = f"{prefix}/{name}"
             if place not in self._file:
                 self._file.create_dataset(place, (count, *values.shape[1:]), "<f4")
             self._file[place][experts] = values.cpu().numpy()

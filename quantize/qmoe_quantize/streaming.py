@@ -331,7 +331,10 @@ class StreamedModel:
         stack, number = self._stages[stage]
         if number + 1 == len(stack.layers) and stage + 1 < len(self._stages):
             length = stack.tokens.shape[1]
-            with self._loaded(*_ends(stack)), Activations(self._folder / MEMORY, create=False) as memory:
+            with (
+                self._loaded(*_ends(stack)),
+                Activations(self._folder / MEMORY, create=False, change=True) as memory,
+            ):
                 for start, stop in self._batches(stack):
                     hidden = memory.read("hidden", start * length, stop * length).to(self._device)
                     with torch.inference_mode():
