@@ -23,7 +23,8 @@ from .problem import MatrixGroup
 from .recipes import RecipeSettings, ternarize_group
 
 STEPS_PER_DECADE = 2
-DECADES = 6
+MOST_STEPS = 20
+"""Steps from the middle at most, to either side."""
 
 SAMPLE_ROWS = 48
 
@@ -89,26 +90,40 @@ def rate_curve(
     RateCurve
         Bytes as the codec writes them, with headers, dictionaries, index and alignment.
     """
-    lams = _range(samples)
-    sizes = [_layer_bytes(layer, samples, replace(settings, lam=float(lam))) for lam in lams]
     weights = layer.experts * sum(p.rows * p.columns for p in layer.projections)
+    start = typical_cost(samples)
+    sizes: dict[int, float] = {}  # by half decades from there
+
+    def size(step: int) -> float:
+        if step not in sizes:
+            lam = start * 10.0 ** (step / STEPS_PER_DECADE)
+            sizes[step] = _layer_bytes(layer, samples, replace(settings, lam=lam))
+        return sizes[step]
+
+    low = high = 0
+    while low > -MOST_STEPS and (low > -2 or size(low) > 1.01 * size(low + 1)):
+        low -= 1
+    while high < MOST_STEPS and (high < 2 or size(high) < 0.99 * size(high - 1)):
+        high += 1
+    steps = range(low, high + 1)
     # More lambda never takes more bits, up to noise.
-    falling = np.minimum.accumulate(np.array(sizes, np.float64))
-    return RateCurve(weights, lams, falling)
+    falling = np.minimum.accumulate(np.array([size(step) for step in steps]))
+    return RateCurve(weights, start * 10.0 ** (np.array(steps) / STEPS_PER_DECADE), falling)
 
 
-def _range(samples: Sequence[MatrixGroup]) -> npt.NDArray[np.float64]:
-    """Lambdas that reach from next to no zeros to next to nothing else, in the unit of these samples."""
-    power, weights = 0.0, 0
+def typical_cost(samples: Sequence[MatrixGroup]) -> float:
+    """What it costs to drop a typical weight: a lambda in the middle of the range that is of use.
+
+    Means would be those of the few inputs and outputs that are thousands of times stronger than the rest.
+    """
+    costs = []
     for group in samples:
-        diagonal = torch.diagonal(group.hessian, dim1=1, dim2=2)[:, None]
-        row_power = (group.weight.square() * diagonal).sum(dim=-1)
-        power += float((group.row_weight * row_power).double().sum())
-        weights += group.weight.numel()
-    usual = power / weights  # squared error of dropping one weight
-    if not usual > 0:
-        usual = 1.0
-    return usual * 10.0 ** (np.arange(DECADES * STEPS_PER_DECADE + 1) / STEPS_PER_DECADE - DECADES + 1.5)
+        input_power = torch.diagonal(group.hessian, dim1=1, dim2=2).median(dim=-1).values
+        variance = group.weight.var(dim=-1, correction=0)
+        costs.append((group.row_weight * variance * input_power[:, None]).flatten())
+    positive = torch.cat(costs).double()
+    positive = positive[positive > 0]
+    return float(positive.log().median().exp()) if len(positive) else 1.0
 
 
 def _layer_bytes(layer: LayerSpec, samples: Sequence[MatrixGroup], settings: RecipeSettings) -> float:
