@@ -79,7 +79,7 @@ $(VENV)/.tools: constraints-dev.txt
 $(INSTALLED): $(VENV)/.tools pyproject.toml constraints-dev.txt $(CORE)
 	@echo "building and installing qmoe-format" >&2
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -c constraints-dev.txt \
-		-C cmake.define.QMOE_WERROR=ON --editable '.[dev]'
+		--config-settings cmake.define.QMOE_WERROR=ON --editable '.[dev]'
 	@touch $@
 
 build/sanitize/.stamp: $(INSTALLED) $(wildcard codec/fuzz/*)
