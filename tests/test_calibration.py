@@ -457,7 +457,7 @@ def test_later_layers_see_what_the_ternary_ones_give(tmp_path: Path) -> None:
 
 
 def test_a_wanted_rate_is_met(tmp_path: Path) -> None:
-    source = lively_model(tmp_path / "source", hidden_size=32, num_hidden_layers=1, num_experts=3)
+    source = lively_model(tmp_path / "source", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     chosen = PackOptions(
         calibration=options(text_file(tmp_path / "text.txt")),
         recipe=RecipeSettings(sweeps=0),
