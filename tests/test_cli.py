@@ -22,7 +22,7 @@ from source_models import random_model
 
 import qmoe_format
 from qmoe_format import cli
-from qmoe_format.cli.common import ByteProgress
+from qmoe_format.cli.common import ProgressBar
 from qmoe_format.cli.text import size, table
 from qmoe_format.inspection import SECTIONS, inspect
 
@@ -385,7 +385,7 @@ def test_progress_is_shown_on_a_terminal(
     stream = kind()
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr("qmoe_format.cli.common.PROGRESS_DELAY", 0)
-    with ByteProgress("packing", quiet=quiet) as progress:
+    with ProgressBar("packing", quiet=quiet) as progress:
         progress(500_000, 2_000_000)
         progress(2_000_000, 2_000_000)
     assert ("packing" in stream.getvalue()) == shown
