@@ -12,6 +12,8 @@ from qmoe_codec.errors import CheckpointError, QMoEError, TruncatedError, Unsupp
 from qmoe_quantize import PackOptions, pack, predict
 from source_models import CONFIGS, config_of, random_model
 
+from qmoe_format.cli import main
+
 # Wide enough for rates to settle; the frames of tiny matrices are headers for the most part.
 SIZES = {"hidden_size": 96, "intermediate_size": 128, "vocab_size": 300}
 
@@ -142,3 +144,9 @@ def test_memory_is_flat_and_within_the_plan(tmp_path: Path) -> None:
         peaks.append(peak)
     assert peaks[1] - peaks[0] < 2 * expert_bytes
     assert peaks[1] < 32 * expert_bytes  # it did not hold them all
+
+
+def test_a_calibrated_run_is_not_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["pack", str(tmp_path), "--dry-run", "--calib", "text.txt", "--target-bpw", "0.8"]
+    assert main(arguments) == 2
+    assert "cannot be predicted yet" in capsys.readouterr().err

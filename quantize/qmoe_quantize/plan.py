@@ -16,6 +16,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 from qmoe_codec import DictionarySet, read_frame_header
+from qmoe_codec.errors import ArgumentError
 from qmoe_codec.layout import round_up
 
 from qmoe_format.container import LayerSpec, Projection
@@ -106,9 +107,17 @@ def predict(source: str | os.PathLike[str], options: PackOptions = PackOptions()
 
     Raises
     ------
+    ArgumentError
+        With calibration, which is not predicted yet.
     UnsupportedModelError, CheckpointError, FormatError
         As far as they can be seen from what is there.
     """
+    if options.calibration is not None:
+        raise ArgumentError(
+            "size, memory and time of a calibrated run cannot be predicted yet",
+            field="dry run",
+            expected="no calibration",
+        )
     path = locate(source, only_config=True)
     if has_weights(path):
         checkpoint = SourceCheckpoint(path)
