@@ -885,7 +885,7 @@ def test_unknown_keys_and_files_are_ignored(tmp_path: Path, original: dict[str, 
     config(lambda c: c.update(future=1, version="1.7"))(out)
     projection(bias=False)(out)
     models.sign(out)
-    manifest(lambda m: m.update(future=1))(out)
+    manifest(lambda m: m.update(future=1, version="1.7"))(out)
     assert qmoe_format.verify(out).layers == 2
 
 
