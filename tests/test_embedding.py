@@ -216,7 +216,8 @@ def python_with_jax() -> str:
     other = os.environ.get("QMOE_JAX_PYTHON")
     if other:
         return other
-    if importlib.util.find_spec("jax") is None:
+    found = importlib.util.find_spec("jax")
+    if found is None or found.origin is None:  # examples/jax, where examples/ is on the path, is no JAX
         skip_loudly("examples/jax", "no JAX (pip install jax, or QMOE_JAX_PYTHON=an interpreter that has it)")
     return sys.executable
 
