@@ -25,8 +25,8 @@ from qmoe_quantize.calibrated import StoreTernarizer, calibrate
 from qmoe_quantize.pipeline import expert_layers
 from qmoe_quantize.recipes import RecipeSettings, ternarize_group
 from qmoe_quantize.store import Store
+from qmoe_quantize.sweep import environment
 from qmoe_quantize.ternary import TernaryMatrix
-from quantizer_speed import processor
 from tqdm import tqdm
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     out = options.out or Path(__file__).parent / f"results/quantizer_matrices_{options.model.name}.json"
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": processor(),
+        "device": environment()["processor"],
         "torch": torch.__version__,
         "model": options.model.name,
         "windows": options.samples,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from dataclasses import asdict
@@ -22,6 +21,7 @@ import torch
 from qmoe_quantize.cost import matrix_work
 from qmoe_quantize.problem import MatrixGroup
 from qmoe_quantize.recipes import RecipeSettings, ternarize_group
+from qmoe_quantize.sweep import environment
 
 BASE = (4, 256, 512)  # experts, rows, columns
 SHAPES = [BASE, (16, 256, 512), (4, 1024, 512), (4, 256, 1024), (2, 512, 2048), (16, 128, 128)]
@@ -71,12 +71,6 @@ def fit(rows: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,7 +110,7 @@ def main() -> None:
         f"fitted: {rates['multiplications'] / 1e9:.1f} G multiplications/s, "
         f"{rates['column_steps'] / 1e6:.1f} M column steps/s, off by at most {rates['worst_ratio']:.2f} times"
     )
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor()
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else environment()["processor"]
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": device,

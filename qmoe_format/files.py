@@ -465,7 +465,6 @@ class PartialFile:
         *,
         force: bool,
         check_replaceable: Callable[[Path], None],
-        take_over: Callable[[Path, list[str]], Collection[str]] | None = None,
     ) -> None:
         self.out = Path(os.path.realpath(out))
         self.path = self.out.with_name(self.out.name + ".partial")

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from qmoe_codec import DictionarySet, read_frame_header
+from qmoe_codec import DictionarySet
 from qmoe_codec.errors import ArgumentError
 
-from qmoe_format.container import LayerSpec, round_up
+from qmoe_format.container import LayerSpec
 
 from .problem import MatrixGroup
 from .recipes import RecipeSettings, ternarize_group
+from .sizes import grown_frame_bytes
 
 STEPS_PER_DECADE = 2
 MOST_STEPS = 20
@@ -133,11 +134,8 @@ def _layer_bytes(layer: LayerSpec, samples: Sequence[MatrixGroup], settings: Rec
     for projection, group in zip(layer.projections, samples, strict=True):
         for matrix in ternarize_group(group, settings):
             frame = dictionaries.encode(matrix.trits, matrix.levels, settings.level_format)
-            sections = read_frame_header(frame).section_bytes
-            growing = sections["levels"] + sections["row_index"] + sections["codewords"]
             scale = projection.rows / max(1, len(matrix.trits))
-            frame_bytes = round_up(round(sections["header"] + growing * scale) + 24, 16)
-            record += frame_bytes / len(group.names)
+            record += grown_frame_bytes(frame, scale) / len(group.names)
     # Records begin at multiples of 256 bytes: half of that on average, once per expert.
     return layer.experts * (record + 128 + 24) + len(dictionaries.to_bytes())
 

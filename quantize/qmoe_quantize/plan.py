@@ -15,7 +15,7 @@ from math import prod
 
 import numpy as np
 import numpy.typing as npt
-from qmoe_codec import DictionarySet, read_frame_header
+from qmoe_codec import DictionarySet
 from qmoe_codec.errors import ArgumentError
 from qmoe_codec.layout import round_up
 
@@ -29,6 +29,7 @@ from .families import TensorTable
 from .nearest import ternarize
 from .pipeline import PackOptions, dense_tensors, expert_layers
 from .shapes import tensors_of
+from .sizes import grown_frame_bytes
 
 SAMPLE_WEIGHTS = 1 << 19  # for each shape of matrix
 SAMPLE_MATRICES = 6
@@ -214,11 +215,8 @@ def _predict_layer(layers: list[LayerSpec], options: PackOptions, sample: _Sampl
         rows = sample.rows(layers, projection, max(1, SAMPLE_WEIGHTS // max(1, projection.columns)))
         trits, levels = ternarize(rows, options.levels, options.level_format)
         frame = dictionaries.encode(trits, levels, options.level_format)
-        sections = read_frame_header(frame).section_bytes
-        # Everything but the header grows with the rows.
-        growing = sections["levels"] + sections["row_index"] + sections["codewords"]
         scale = projection.rows / max(1, len(rows))
-        record += round_up(round(sections["header"] + growing * scale) + 24, 16)
+        record += grown_frame_bytes(frame, scale)
         zeros += layers[0].experts * scale * int((trits == 0).sum())
     store = layers[0].experts * round_up(round(record), 256)
     return store + 24 * layers[0].experts + len(dictionaries.to_bytes()), zeros
