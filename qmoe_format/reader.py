@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -194,6 +195,21 @@ class PackedLayer:
                 expected=f"records one after the other at multiples of 256 in {total} bytes, tokens ≥ -1",
             )
 
+    def detached(self) -> PackedLayer:
+        """The same layer with index and dictionaries in memory: a file cut short cannot take them away.
+
+        The store is the same view; nothing of it is touched unless a record is asked for.
+        """
+        return PackedLayer(
+            self.spec,
+            self.store,
+            self.index.copy(),
+            memoryview(bytes(self.dictionary_bytes)),
+            place=self._place,
+            shard=self.shard,
+            memory_limit=self._memory_limit,
+        )
+
     @property
     def dictionaries(self) -> dict[int, Dictionary]:
         """The layer's dictionaries by id, parsed when first asked for.
@@ -255,7 +271,10 @@ class PackedLayer:
         FormatError
             A header is illegal, or is not what the layer says.
         """
-        record = self.record(expert)
+        return self.split_record(expert, self.record(expert))
+
+    def split_record(self, expert: int, record: memoryview) -> list[memoryview]:
+        """The same for a record that was read by other means: see :meth:`frames`."""
         frames, position = [], 0
         for number, projection in enumerate(self.spec.projections):
             place = self.place(expert, number)
@@ -328,7 +347,18 @@ class PackedLayer:
             The frame is illegal.
         """
         number = self.spec.projections.index(self.spec.projection(projection))
-        frame = self.frames(expert)[number]
+        return self._parse(expert, number, self.frames(expert)[number], verify)
+
+    def parse_frames(
+        self, expert: int, frames: Sequence[memoryview], *, verify: bool = True
+    ) -> dict[str, Matrix]:
+        """All matrices of an expert by name, from what :meth:`frames` or :meth:`split_record` gave."""
+        return {
+            projection.name: self._parse(expert, number, frame, verify)
+            for number, (projection, frame) in enumerate(zip(self.spec.projections, frames, strict=True))
+        }
+
+    def _parse(self, expert: int, number: int, frame: memoryview, verify: bool) -> Matrix:
         try:
             return Matrix(frame, self.dictionaries, verify=verify, memory_limit=self._memory_limit)
         except FormatError as error:

@@ -200,6 +200,11 @@ def parse_header(header: bytes, file_size: int, file: Path) -> dict[str, TensorI
     return _parse_header(header[8:], len(header), file_size, file)[0]
 
 
+def file_identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes when a file is replaced or written to: device, inode, size, time of change in ns."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class SafetensorsFile:
     """A safetensors file, mapped read-only, its header checked in full.
 
@@ -216,6 +221,8 @@ class SafetensorsFile:
         The entry ``__metadata__``.
     data_start : int
         Offset of the first tensor's first byte.
+    identity : tuple of int
+        Of the file that was opened: see :func:`file_identity`.
 
     Raises
     ------
@@ -230,7 +237,8 @@ class SafetensorsFile:
         descriptor = open_regular(self.path)
         try:
             with os_errors(self.path):
-                self.nbytes = os.fstat(descriptor).st_size
+                status = os.fstat(descriptor)
+                self.nbytes, self.identity = status.st_size, file_identity(status)
                 if self.nbytes < 8:
                     raise TruncatedError(
                         "too short for a safetensors file",

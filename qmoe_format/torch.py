@@ -1,12 +1,14 @@
 """Experts of one MoE layer as a torch module that keeps them packed.
 
 The three tensors of a layer (spec 6.1) are buffers of the module, so that ordinary ``state_dict`` loading
-fills them. The C core multiplies with the matrices as they lie in the buffer: no expert is ever unpacked.
+fills them; or the module has none, and a cache lends it the experts that it needs. The C core multiplies with
+the matrices as they lie in the buffer or in the cache: no expert is ever unpacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +17,7 @@ from qmoe_codec import Matrix, experts_matmul, parse_dictionaries
 from qmoe_codec.errors import ArgumentError, MissingPackageError, UnsupportedModelError
 
 from .container import LayerSpec, Projection
+from .expert_cache import CachedLayer, Portion
 from .reader import PackedLayer
 
 try:
@@ -42,6 +45,8 @@ class QMoEExperts(torch.nn.Module):
         Sizes of the two byte buffers; both are in the layer's entry of ``quantization_config``.
     verify : bool, default True
         Whether checksum and content of a matrix are checked too when it is first used. Headers always are.
+    cached : CachedLayer, optional
+        Lends the matrices; the module then has no buffers, and sizes and `verify` mean nothing.
 
     Notes
     -----
@@ -59,9 +64,10 @@ class QMoEExperts(torch.nn.Module):
         layer: LayerSpec,
         activation: Callable[[torch.Tensor], torch.Tensor],
         *,
-        store_bytes: int,
-        dictionaries_bytes: int,
+        store_bytes: int = 0,
+        dictionaries_bytes: int = 0,
         verify: bool = True,
+        cached: CachedLayer | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -71,9 +77,12 @@ class QMoEExperts(torch.nn.Module):
         self.gate, self.up, self.down = _roles(layer)
         self.hidden_dim = self.up.columns
         self.intermediate_dim = self.up.rows
-        self.register_buffer("qmoe_store", torch.zeros(store_bytes, dtype=torch.uint8))
-        self.register_buffer("qmoe_index", torch.zeros(layer.experts, 3, dtype=torch.int64))
-        self.register_buffer("qmoe_dictionaries", torch.zeros(dictionaries_bytes, dtype=torch.uint8))
+        self.cached = cached
+        if cached is None:
+            # The store may be large, and is filled by whoever loads: until then the index is illegal
+            self.register_buffer("qmoe_store", torch.empty(store_bytes, dtype=torch.uint8))
+            self.register_buffer("qmoe_index", torch.full((layer.experts, 3), -1, dtype=torch.int64))
+            self.register_buffer("qmoe_dictionaries", torch.zeros(dictionaries_bytes, dtype=torch.uint8))
         self._parsed: _ParsedLayer | None = None
         self._gpu: _GpuLayer | None = None
 
@@ -85,8 +94,13 @@ class QMoEExperts(torch.nn.Module):
         store, dictionaries = (
             np.frombuffer(view, np.uint8).copy() for view in (packed.store, packed.dictionary_bytes)
         )
-        sizes = {"store_bytes": store.size, "dictionaries_bytes": dictionaries.size}
-        module = cls(packed.spec, activation, **sizes, verify=verify)
+        module = cls(
+            packed.spec,
+            activation,
+            store_bytes=store.size,
+            dictionaries_bytes=dictionaries.size,
+            verify=verify,
+        )
         module.qmoe_store = torch.from_numpy(store)
         module.qmoe_index = torch.from_numpy(packed.index.copy())
         module.qmoe_dictionaries = torch.from_numpy(dictionaries)
@@ -137,7 +151,22 @@ class QMoEExperts(torch.nn.Module):
         self, hit: NDArray[np.intp], x: NDArray[np.float32], ends: NDArray[np.intp]
     ) -> NDArray[np.float32]:
         """What each expert makes of its tokens, which are those of `x` up to its end."""
-        matrices = [self._layer().matrices(expert) for expert in hit.tolist()]
+        source = self._layer() if self.cached is None else self.cached
+        starts = np.append(0, ends[:-1])
+        output = np.empty_like(x)
+        with closing(source.lend(hit.tolist())) as portions:
+            for positions, matrices in portions:
+                if len(positions) == len(hit):
+                    return self._multiply(matrices, x, ends)
+                rows = np.concatenate([np.arange(starts[p], ends[p]) for p in positions])
+                output[rows] = self._multiply(
+                    matrices, x[rows], np.cumsum(ends[positions] - starts[positions])
+                )
+        return output
+
+    def _multiply(
+        self, matrices: Sequence[Mapping[str, Matrix]], x: NDArray[np.float32], ends: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
         threads = torch.get_num_threads()
 
         def multiply(projection: Projection, inputs: NDArray[np.float32]) -> torch.Tensor:
@@ -165,6 +194,16 @@ class QMoEExperts(torch.nn.Module):
     def _check(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         prefix = self.layer.prefix
         place = hidden_states.device
+        if self.cached is not None:
+            self.cached.cache.require(index.shape[-1], prefix)
+            if place.type != "cpu":
+                raise UnsupportedModelError(
+                    "experts in an expert cache compute on the CPU",
+                    file=prefix,
+                    field="hidden_states",
+                    value=place,
+                    expected="cpu, or a model loaded without expert_cache",
+                )
         for name, tensor in (("hidden_states", hidden_states), *self.named_buffers(recurse=False)):
             if tensor.device != place or place.type not in ("cpu", "cuda"):
                 raise UnsupportedModelError(
@@ -225,9 +264,10 @@ class QMoEExperts(torch.nn.Module):
     def extra_repr(self) -> str:
         """Experts, width and bits per weight."""
         weights = self.num_experts * sum(p.rows * p.columns for p in self.layer.projections)
+        stored = self.qmoe_store.numel() if self.cached is None else self.cached.store_bytes
         return (
             f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}, "
-            f"bits_per_weight={8 * self.qmoe_store.numel() / weights:.3f}"
+            f"bits_per_weight={8 * stored / weights:.3f}"
         )
 
 
@@ -247,12 +287,15 @@ class _ParsedLayer(PackedLayer):
         same = all(new is old for new, old in zip(buffers, self._buffers, strict=True))
         return same and [buffer.data_ptr() for buffer in buffers] == self._pointers
 
+    def lend(self, experts: Sequence[int]) -> Generator[Portion]:
+        """All of these experts in one portion: what :meth:`CachedLayer.lend` does in several."""
+        yield list(range(len(experts))), [self.matrices(expert) for expert in experts]
+
     def matrices(self, expert: int) -> Mapping[str, Matrix]:
         """Matrices of one expert by name, parsed once."""
         found = self._matrices[expert]
         if found is None:
-            names = [projection.name for projection in self.spec.projections]
-            found = {name: self.matrix(expert, name, verify=self._verify) for name in names}
+            found = self.parse_frames(expert, self.frames(expert), verify=self._verify)
             self._matrices[expert] = found
         return found
 

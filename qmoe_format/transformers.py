@@ -1,4 +1,4 @@
-"""Packed models in transformers, their experts kept packed in memory.
+"""Packed models in transformers, their experts kept packed in memory, or on disk behind a cache.
 
 Importing this module teaches transformers the quantization method ``qmoe``: from then on
 ``AutoModelForCausalLM.from_pretrained(DIR)`` opens a packed model like any other checkpoint. :func:`load`
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from qmoe_codec.errors import (
     UnsupportedModelError,
 )
 
-from .container import STORE, ZSTD, LayerSpec, QuantizationConfig
+from .container import DICTIONARIES, STORE, STORE_INDEX, ZSTD, LayerSpec, QuantizationConfig
 from .dense import decode_dense
+from .expert_cache import ExpertCache
 from .reader import open_model
 from .torch import QMoEExperts
 
@@ -65,6 +67,9 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     verify: bool = True,
+    expert_cache: str | int | None = None,
+    policy: str = "lru",
+    page_cache: bool = True,
 ) -> transformers.PreTrainedModel:
     """Load a packed model; its experts stay packed and are computed by the C core.
 
@@ -78,6 +83,10 @@ def load(
         Of everything but the experts; default: what ``config.json`` says.
     verify : bool, default True
         Whether each expert's checksum is checked when it is first used.
+    expert_cache : str or int, optional
+        Leave the experts on disk and keep only as many in memory as fit these bytes, such as ``"4GiB"``, or
+        this number of experts. `policy` and `page_cache` are then those of :class:`ExpertCache`, which the
+        model has as attribute ``expert_cache``, with counts in its ``stats``.
 
     Returns
     -------
@@ -86,6 +95,8 @@ def load(
 
     Raises
     ------
+    ArgumentError
+        `expert_cache` or `policy` is nonsense, or the cache too small for the experts of one token.
     FormatError
         The directory is not a sound packed model.
     UnsupportedModelError
@@ -99,6 +110,11 @@ def load(
         )
     with open_model(path) as packed:
         model_class = _model_class(path, packed.config)
+        cache = None
+        if expert_cache is not None:
+            cache = ExpertCache(packed, expert_cache, policy=policy, verify=verify, page_cache=page_cache)
+            cache.require(_experts_per_token(path), path)
+        token = _CACHE.set(cache)
         try:
             loaded: Any = model_class.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
         except QMoEError:
@@ -108,7 +124,9 @@ def load(
             for name in packed.dense_names():
                 packed.dense(name)
             raise UnsupportedModelError(_one_line(error), file=path) from error
-    model: transformers.PreTrainedModel = loaded[0]
+        finally:
+            _CACHE.reset(token)
+    model: Any = loaded[0]
     found: dict[str, Any] = loaded[1]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
@@ -121,7 +139,22 @@ def load(
     for module in model.modules():
         if isinstance(module, QMoEExperts):
             module.verify = verify
-    return model
+    if cache is not None:
+        model.expert_cache = cache
+    loaded_model: transformers.PreTrainedModel = model
+    return loaded_model
+
+
+_CACHE: ContextVar[ExpertCache | None] = ContextVar("qmoe_expert_cache", default=None)
+"""What :func:`load` tells the quantizer, which transformers makes and calls."""
+
+
+def _experts_per_token(path: Path) -> int:
+    """How many experts of a layer a token goes to, by ``config.json``; 1 if it does not say."""
+    config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+    values = [getattr(config, name, None) for name in names]
+    return max((value for value in values if isinstance(value, int)), default=1)
 
 
 def _model_class(path: Path, config: dict[str, Any]) -> type[transformers.PreTrainedModel]:
@@ -185,16 +218,20 @@ class QMoEQuantizer(HfQuantizer):
         ]
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         config = self.quantization_config.parsed()
+        cache = _CACHE.get()
         for prefix, layer in config.layers.items():
             if any(re.search(pattern, prefix + STORE) for pattern in ignored):
                 continue  # such as DeepSeek's layer for multi-token prediction, which the model does not have
             name = module_name(model, prefix, renamings)
             with torch.device("meta"):
-                experts = _packed_experts(model.get_submodule(name), layer, config.layer_bytes[prefix])
+                experts = _packed_experts(model.get_submodule(name), layer, config.layer_bytes[prefix], cache)
             model.set_submodule(name, experts)
             # All its weights are loaded; to initialize them, Switch's block would reach into its experts
             block: Any = model.get_submodule(name.rpartition(".")[0])
             block._is_hf_initialized = True
+        if cache is not None:  # transformers reads no tensor that the model does not have
+            left = "|".join(re.escape(suffix) for suffix in (STORE, STORE_INDEX, DICTIONARIES))
+            model._keys_to_ignore_on_load_unexpected = {*ignored, rf"({left})$"}
 
     def _process_model_after_weight_loading(
         self, model: transformers.PreTrainedModel, **kwargs: Any
@@ -278,11 +315,15 @@ def module_name(model: transformers.PreTrainedModel, prefix: str, renamings: Ite
     )
 
 
-def _packed_experts(module: torch.nn.Module, layer: LayerSpec, sizes: tuple[int, int]) -> QMoEExperts:
+def _packed_experts(
+    module: torch.nn.Module, layer: LayerSpec, sizes: tuple[int, int], cache: ExpertCache | None
+) -> QMoEExperts:
     """The packed module that computes what `module` computes."""
     store_bytes, dictionaries_bytes = sizes
     kind = _QMoESwitchExperts if is_switch(module) else QMoEExperts
     activation = experts_activation(module, layer)
+    if cache is not None:
+        return kind(layer, activation, cached=cache.layer(layer.prefix))
     return kind(layer, activation, store_bytes=store_bytes, dictionaries_bytes=dictionaries_bytes)
 
 

@@ -87,6 +87,10 @@ class MemoryLimitError(QMoEError):
     """A result would take more memory than is allowed; what it would be decoded from may well be legal."""
 
 
+class FileChangedError(QMoEError):
+    """A file that is in use was changed, replaced or cut short meanwhile."""
+
+
 class FormatError(QMoEError):
     """A packed file is not what the spec says (spec 1.1)."""
 
