@@ -70,6 +70,7 @@ def load(
     expert_cache: str | int | None = None,
     policy: str = "lru",
     page_cache: bool = True,
+    prefetch: bool = False,
 ) -> transformers.PreTrainedModel:
     """Load a packed model; its experts stay packed and are computed by the C core.
 
@@ -85,8 +86,8 @@ def load(
         Whether each expert's checksum is checked when it is first used.
     expert_cache : str or int, optional
         Leave the experts on disk and keep only as many in memory as fit these bytes, such as ``"4GiB"``, or
-        this number of experts. `policy` and `page_cache` are then those of :class:`ExpertCache`, which the
-        model has as attribute ``expert_cache``, with counts in its ``stats``.
+        this number of experts. `policy`, `page_cache` and `prefetch` are then those of :class:`ExpertCache`,
+        which the model has as attribute ``expert_cache``, with counts in its ``stats``.
 
     Returns
     -------
@@ -112,7 +113,14 @@ def load(
         model_class = _model_class(path, packed.config)
         cache = None
         if expert_cache is not None:
-            cache = ExpertCache(packed, expert_cache, policy=policy, verify=verify, page_cache=page_cache)
+            cache = ExpertCache(
+                packed,
+                expert_cache,
+                policy=policy,
+                verify=verify,
+                page_cache=page_cache,
+                prefetch=prefetch,
+            )
             cache.require(_experts_per_token(path), path)
         token = _CACHE.set(cache)
         try:

@@ -156,15 +156,16 @@ def test_the_least_frequently_used_leave_first(
         st.tuples(st.integers(0, LAYERS - 1), st.integers(0, 9), st.integers(0, 99)), max_size=8
     ),
     policy=st.sampled_from(["lru", "lfu"]),
+    prefetch=st.booleans(),
 )
 def test_computes_what_experts_in_memory_compute(
-    path: Path, slots: int, sequence: list[tuple[int, int, int]], policy: str
+    path: Path, slots: int, sequence: list[tuple[int, int, int]], policy: str, prefetch: bool
 ) -> None:
     """To the bit, also where a layer's experts do not fit at once and come in portions."""
     relu = torch.nn.ReLU()  # which is the same wherever in a tensor a number stands; torch's SiLU is not
     with qmoe_format.open(path) as model:
         whole = [QMoEExperts.from_packed(model.layer(prefix), relu) for prefix in PREFIXES]
-        cache = ExpertCache(model, slots, policy=policy)
+        cache = ExpertCache(model, slots, policy=policy, prefetch=prefetch)
     cached = [QMoEExperts(module.layer, relu, cached=cache.layer(module.layer.prefix)) for module in whole]
     for layer, tokens, seed in sequence:
         generator = torch.Generator().manual_seed(seed)
@@ -177,10 +178,12 @@ def test_computes_what_experts_in_memory_compute(
     cache.close()
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_threads_share_it(path: Path, expected: list[dict[int, dict[str, bytes]]], policy: str) -> None:
+@pytest.mark.parametrize(("policy", "prefetch"), [("lru", False), ("lfu", True)])
+def test_threads_share_it(
+    path: Path, expected: list[dict[int, dict[str, bytes]]], policy: str, prefetch: bool
+) -> None:
     """More threads than slots for what they ask, so that they wait for each other."""
-    cache = cache_of(path, 4, policy=policy)
+    cache = cache_of(path, 4, policy=policy, prefetch=prefetch)
     faults: list[object] = []
 
     def work(seed: int) -> None:
@@ -203,7 +206,7 @@ def test_threads_share_it(path: Path, expected: list[dict[int, dict[str, bytes]]
         assert not thread.is_alive()
     assert not faults
     stats = cache.stats
-    assert stats.hits + stats.misses >= stats.reads > 4
+    assert stats.hits + stats.misses + stats.prefetched >= stats.reads > 4
     assert len(residents(cache)) <= 4
 
 
@@ -231,6 +234,31 @@ def test_the_counts(path: Path) -> None:
     assert cache.stats == CacheStats(4, cache.slot_bytes)
     ask(cache, 1, [0, 3])
     assert cache.stats.misses == 0
+
+
+def test_the_likely_experts_of_the_next_layer_are_read_ahead(path: Path) -> None:
+    """Tokens that always take the same way, in a cache that holds less than all of it."""
+    cache = cache_of(path, 4, prefetch=True)
+    way = [[0, 1], [2, 3], [4, 5]]
+
+    def token() -> None:
+        for layer, experts in enumerate(way):
+            ask(cache, layer, experts)
+
+    token()  # nothing is known of the way yet
+    token()
+    cache.reset_stats()
+    for _ in range(5):
+        token()
+    stats = cache.stats
+    assert (stats.hits, stats.misses) == (30, 0)
+    assert stats.prefetch_hits == stats.prefetched > 0
+    assert f"{stats.prefetched} of {stats.prefetched} prefetched were used" in repr(stats)
+    without = cache_of(path, 4)
+    for _ in range(5):
+        for layer, experts in enumerate(way):
+            ask(without, layer, experts)
+    assert without.stats.misses == 30
 
 
 # ---- arguments --------------------------------------------------------------------------------------------
