@@ -16,6 +16,7 @@ from format_rate import exact_matrix
 from qmoe_codec import DictionarySet
 from tqdm import tqdm
 
+import qmoe_format
 from qmoe_format import LayerSpec, PackedModelWriter, Projection
 from qmoe_format.safetensors_io import DTYPE_BITS
 
@@ -114,3 +115,11 @@ def dense_tensors(config: transformers.OlmoeConfig, dtype: torch.dtype) -> Itera
             # A router with clear opinions, so that rounding does not decide who is chosen
             scale = 2.0 if name.endswith("mlp.gate.weight") else 1.0
             yield name, (torch.randn(shape) * scale * shape[1] ** -0.5).to(dtype)
+
+
+def sizes_of(path: Path) -> dict[str, int]:
+    """Bytes of the packed experts and of the dense tensors of a model."""
+    with qmoe_format.open(path) as model:
+        experts = sum(len(model.layer(prefix).store) for prefix in model.layers)
+        dense = sum(model.dense_info(name).nbytes for name in model.dense_names())
+    return {"experts": experts, "dense": dense}
