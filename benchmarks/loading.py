@@ -128,7 +128,7 @@ print(json.dumps({"load": loaded, "generate": generated,
 
 def measure_memory(folder: Path, path: Path, sizes: dict[str, int]) -> list[dict[str, Any]]:
     config = moe_models.config_of(64, 128, 2, EXPERTS, PER_TOKEN)
-    small = moe_models.write_packed(folder / "small", config)
+    small = moe_models.packed_in(folder / "small", config)
     lines = []
     for name, cache in (
         ("in memory", {}),
@@ -159,16 +159,17 @@ def measure_memory(folder: Path, path: Path, sizes: dict[str, int]) -> list[dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--folder", type=Path, help="where to write the models (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="where to keep the models for another run")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
         config = moe_models.config_of(HIDDEN, WIDTH, LAYERS, EXPERTS, PER_TOKEN, VOCABULARY)
-        path = moe_models.write_packed(Path(folder) / "packed", config)
+        path = moe_models.packed_in(folder / "packed", config)
         sizes = moe_models.sizes_of(path)
         print({name: f"{size / 1e6:.0f} MB" for name, size in sizes.items()})
         times = measure_time(path)
-        memory = measure_memory(Path(folder), path, sizes)
+        memory = measure_memory(folder, path, sizes)
     if arguments.json:
         record = {
             "benchmark": "loading",

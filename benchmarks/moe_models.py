@@ -59,6 +59,11 @@ def layer_spec(config: transformers.OlmoeConfig, number: int) -> LayerSpec:
     return LayerSpec(prefix, config.num_experts, projections, "BF16")
 
 
+def packed_in(path: Path, config: transformers.OlmoeConfig) -> Path:
+    """The packed model at `path`, written there if it is not yet."""
+    return path if path.exists() else write_packed(path, config)
+
+
 def write_packed(
     out: Path,
     config: transformers.OlmoeConfig,

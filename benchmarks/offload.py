@@ -240,8 +240,9 @@ def measure_dense(packed: Path, experts: Path, budget: int, rate: float | None) 
 def compare(folder: Path, rates: list[float | None]) -> dict[str, Any]:
     """Packed and bfloat16 experts behind caches of the same bytes."""
     config = moe_models.config_of(HIDDEN, WIDTH, LAYERS, EXPERTS, PER_TOKEN)
-    packed = moe_models.write_packed(folder / "packed", config)
-    write_dense_experts(packed, folder / "experts.bf16")
+    packed = moe_models.packed_in(folder / "packed", config)
+    if not (folder / "experts.bf16").exists():
+        write_dense_experts(packed, folder / "experts.bf16")
     with qmoe_format.open(packed) as opened:
         packed_bytes = sum(len(opened.layer(prefix).store) for prefix in opened.layers)
     budget = packed_bytes // 4
@@ -297,7 +298,7 @@ def replay(folder: Path, trained: Path, rates: list[float | None]) -> list[dict[
     _, layers, per_token = routes.shape
     experts = transformers.AutoConfig.from_pretrained(trained).num_experts
     config = moe_models.config_of(HIDDEN, WIDTH, layers, experts, per_token)
-    path = moe_models.write_packed(folder / "replayed", config)
+    path = moe_models.packed_in(folder / "replayed", config)
     warm = 256  # tokens that fill the cache and teach the prediction, not counted
     x = torch.randn(1, HIDDEN)
     weights = torch.full((1, per_token), 1 / per_token)
@@ -375,15 +376,16 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="also draw them here")
     parser.add_argument("--routing", type=Path, help="a trained byte-level OLMoE whose routing is replayed")
     parser.add_argument("--rates", type=float, nargs="*", default=[1000, 500, 200], help="MB/s")
-    parser.add_argument("--folder", type=Path, help="where to write the models (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="where to keep the models for another run")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     # The cache opens its files by this name
     qmoe_format.expert_cache.RecordFile = ThrottledFile
     rates = [None, *(1e6 * rate for rate in arguments.rates)]
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        result = compare(Path(folder), rates)
-        routing = replay(Path(folder), arguments.routing, rates[:1] + rates[-1:]) if arguments.routing else []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        result = compare(folder, rates)
+        routing = replay(folder, arguments.routing, rates[:1] + rates[-1:]) if arguments.routing else []
     machine = f"{processor()}, {torch.get_num_threads()} threads, {qmoe_codec.kernels_name()} kernels"
     if arguments.plot:
         title = f"{machine}\ncache of {result['cache_bytes'] / 1e6:.1f} MB, a quarter of the packed experts; "

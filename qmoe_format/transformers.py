@@ -105,6 +105,10 @@ def load(
         or left over, or `device` is not the CPU.
     """
     path = Path(path)
+    if expert_cache is not None and torch.device(device).type != "cpu":
+        raise UnsupportedModelError(
+            "experts in an expert cache compute on the CPU", field="device", value=device, expected="cpu"
+        )
     if str(device) != "cpu":
         raise UnsupportedModelError(
             "packed experts compute on the CPU", field="device", value=device, expected="cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import pickle
@@ -15,14 +16,17 @@ from typing import Any
 import numpy as np
 import packed_models
 import pytest
+import source_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from qmoe_quantize.pipeline import PackOptions, pack
 
 import qmoe_format
-from qmoe_format import ArgumentError, ChecksumError, FileChangedError, UnsupportedModelError
+from qmoe_format import ArgumentError, ChecksumError, FileChangedError, SizeError, UnsupportedModelError
 from qmoe_format.expert_cache import CacheStats, ExpertCache, LeastFrequentlyUsed, parse_size
 from qmoe_format.torch import QMoEExperts
+from qmoe_format.transformers import load
 
 LAYERS, EXPERTS = 3, 6
 PREFIXES = [packed_models.layer_spec(number).prefix for number in range(LAYERS)]
@@ -365,6 +369,92 @@ def test_a_closed_cache_is_refused(path: Path) -> None:
     module.cached.cache.close()
     with pytest.raises(ArgumentError, match="closed"):
         forward(module, 0)
+
+
+# ---- in transformers --------------------------------------------------------------------------------------
+
+TOKENS = torch.arange(12).reshape(1, 12) % 40
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
+
+
+ARCHITECTURES = {
+    "olmoe": "OlmoeForCausalLM",
+    "switch_transformers": "SwitchTransformersForConditionalGeneration",
+}
+
+
+def packed_family(folder: Path, name: str, **changes: Any) -> Path:
+    original = source_models.random_model(
+        folder / "source",
+        name,
+        architectures=[ARCHITECTURES[name]],
+        pad_token_id=0,
+        eos_token_id=None,
+        **changes,
+    )
+    pack(original, folder / "packed", PackOptions(levels="lsq"))
+    return folder / "packed"
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model of a family, all of whose experts come to be used."""
+    return packed_family(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def text_of(model: Any) -> list[int]:
+    start = {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
+    tokens: list[int] = model.generate(TOKENS, **GREEDY, **start)[0].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_a_model_in_a_quarter_of_the_memory_says_the_same(
+    family: Path, policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = load(family)
+    with qmoe_format.open(family) as opened:
+        experts = sum(layer.experts for layer in opened.layers.values())
+    with caplog.at_level(logging.WARNING):
+        model: Any = load(family, expert_cache=max(2, experts // 4), policy=policy)
+    assert not caplog.records  # nothing of missing, unexpected or newly initialized tensors
+    assert model.expert_cache.stats.reads == 0
+    assert not any(".qmoe_" in name for name in model.state_dict())
+    assert {type(module) for module in model.modules()} == {type(module) for module in whole.modules()}
+    assert text_of(model) == text_of(whole)
+    stats = model.expert_cache.stats
+    assert experts // 4 < stats.misses == stats.reads
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(family.parent / "again")
+
+
+def test_threads_share_a_model(family: Path) -> None:
+    model = load(family, expert_cache=3, prefetch=True)
+    expected_text = text_of(load(family))
+    found: list[list[int]] = []
+    threads = [threading.Thread(target=lambda: found.append(text_of(model)), daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == [expected_text] * 3
+
+
+def test_too_small_for_a_token_is_refused_when_loading(tmp_path: Path) -> None:
+    packed_family(tmp_path, "olmoe", num_experts_per_tok=3)
+    with pytest.raises(ArgumentError, match=r"too small for the experts of one token.*at least 3 slots"):
+        load(tmp_path / "packed", expert_cache=2)
+    load(tmp_path / "packed", expert_cache=3)
+    with pytest.raises(UnsupportedModelError, match=r"expert cache.*found cuda:1"):
+        load(tmp_path / "packed", device="cuda:1", expert_cache=3)
+
+    def shrink(config: Any) -> None:
+        config["quantization_config"]["layers"]["model.layers.1.mlp.experts"]["store_bytes"] -= 256
+
+    packed_models.edit_json(tmp_path / "packed" / "config.json", shrink)
+    packed_models.sign(tmp_path / "packed")
+    with pytest.raises(SizeError, match=r"model\.layers\.1\.mlp\.experts\.qmoe_store.*contradicts"):
+        load(tmp_path / "packed", expert_cache=3)
 
 
 # ---- damage -----------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -301,3 +303,33 @@ def test_projections_that_do_not_fit_are_refused() -> None:
         layer = LayerSpec("model.layers.0.mlp.experts", 2, projections, "BF16")
         with pytest.raises(UnsupportedModelError):
             QMoEExperts(layer, SILU, store_bytes=256, dictionaries_bytes=0)
+
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "torch_layer.py"
+
+
+def test_the_example_of_a_layer_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a router of its own, without transformers; the same from memory and from disk."""
+    layer = spec()
+    dictionaries = qmoe_codec.DictionarySet()
+    with PackedModelWriter(tmp_path / "packed") as writer:
+        writer.add_layer(layer, packed_models.records(layer, dictionaries), dictionaries)
+        writer.finish(packed_models.CONFIG, packed_models.RECIPE)
+    torch.manual_seed(0)
+    router = torch.nn.Linear(12, 4, bias=False)  # as the example makes it
+    x = torch.randn(16, 12)
+    with torch.no_grad():
+        weights, index = router(x).softmax(-1).topk(2, dim=-1)
+    y = expected(layer, x, index, weights / weights.sum(-1, keepdim=True))
+    for arguments in ([], ["--cache", "3kB"]):
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path / "packed"), *arguments])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(EXAMPLE), run_name="__main__")
+    in_memory, *cached = capsys.readouterr().out.splitlines()
+    mean_square = float(in_memory.rpartition(" ")[2])
+    assert in_memory.startswith("model.layers.0.mlp.experts: (1, 16, 12)")
+    assert mean_square == pytest.approx(float(y.square().mean()), rel=1e-4)
+    assert float(cached[0].rpartition(" ")[2]) == pytest.approx(mean_square, rel=1e-4)
+    assert "slots" in cached[1]
