@@ -117,9 +117,11 @@ def dense_tensors(config: transformers.OlmoeConfig, dtype: torch.dtype) -> Itera
         if len(shape) == 1:
             yield name, torch.ones(shape, dtype=dtype)
         else:
+            # Embeddings that outweigh what the layers add: else all tokens would go to the same few experts
+            scale = 4.0 if name == "model.embed_tokens.weight" else shape[1] ** -0.5
             # A router with clear opinions, so that rounding does not decide who is chosen
-            scale = 2.0 if name.endswith("mlp.gate.weight") else 1.0
-            yield name, (torch.randn(shape) * scale * shape[1] ** -0.5).to(dtype)
+            scale *= 2.0 if name.endswith("mlp.gate.weight") else 1.0
+            yield name, (torch.randn(shape) * scale).to(dtype)
 
 
 def sizes_of(path: Path) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Experts beyond memory: packed experts behind a cache, beside bfloat16 ones offloaded with the same bytes.
 
-    python benchmarks/offload.py [--json FILE] [--plot FILE] [--routing TRAINED_MODEL]
+    python benchmarks/offload.py [--json FILE] [--plot FILE]
 
 The model is made on the spot: an OLMoE with random ternary experts. The cache may take a quarter of its
 packed experts. The peer is the same transformers model with its experts as bfloat16 tensors in a file,
@@ -12,8 +12,8 @@ and multiplied by torch in bfloat16. Reads are measured in two ways:
 * ``N MB/s``: a throttle: no read returns before a device of this bandwidth would have delivered it and all
   reads before it. The bytes then come from the page cache.
 
-``--routing`` replays how a trained OLMoE routes text, through packed experts of random content, to compare
-policies and prefetch; text that a random model makes says little about that.
+A random model routes tokens at random, which is the worst for a cache; what policies and prefetch do for the
+routing of a trained model is measured by ``expert_routing.py``.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ from cpu import processor
 from tqdm import tqdm
 
 import qmoe_format
-from qmoe_format.expert_cache import ExpertCache, RecordFile
-from qmoe_format.torch import QMoEExperts
+from qmoe_format.expert_cache import RecordFile
 from qmoe_format.transformers import load
 
 HIDDEN, WIDTH, LAYERS, EXPERTS, PER_TOKEN = 1024, 1024, 8, 32, 2
 READERS = 4
-PROMPT, TOKENS, REPEATS = 8, 24, 3
+PROMPT, TOKENS, REPEATS = 8, 16, 3
 
 
 class Throttle:
@@ -189,11 +188,11 @@ def generate(model: Any, after_prompt: Callable[[], None]) -> tuple[list[int], f
     return tokens[0].tolist(), seconds
 
 
-def measure_packed(path: Path, budget: int, rate: float | None, prefetch: bool) -> dict[str, Any]:
+def measure_packed(path: Path, budget: int, rate: float | None) -> dict[str, Any]:
     ThrottledFile.throttle = Throttle(rate)
     times = []
     for _ in range(REPEATS):
-        model: Any = load(path, expert_cache=f"{budget}B", page_cache=rate is not None, prefetch=prefetch)
+        model: Any = load(path, expert_cache=f"{budget}B", page_cache=rate is not None)
         if rate is None:
             drop_page_cache(path)
         text, seconds = generate(model, model.expert_cache.reset_stats)
@@ -261,88 +260,22 @@ def compare(folder: Path, rates: list[float | None]) -> dict[str, Any]:
     for rate in rates:
         name = "disk" if rate is None else f"{rate / 1e6:.0f} MB/s"
         runs = {
-            "packed": measure_packed(packed, budget, rate, prefetch=False),
-            "packed, prefetch": measure_packed(packed, budget, rate, prefetch=True),
+            "packed": measure_packed(packed, budget, rate),
             "bfloat16": measure_dense(packed, folder / "experts.bf16", budget, rate),
         }
-        for kind in ("packed", "packed, prefetch"):
-            runs[kind]["same_text_as_in_memory"] = runs[kind].pop("text") == text
+        runs["packed"]["same_text_as_in_memory"] = runs["packed"].pop("text") == text
         ratio = runs["bfloat16"]["seconds_per_token"] / runs["packed"]["seconds_per_token"]
         result["rates"][name] = {**runs, "times_faster": ratio}
         print(
             f"{name:>10}: packed {1e3 * runs['packed']['seconds_per_token']:.1f} ms per token "
             f"({runs['packed']['read_bytes_per_token'] / 1e6:.2f} MB read, hit rate "
             f"{runs['packed']['stats']['hit_rate']:.2f}, same text: "
-            f"{runs['packed']['same_text_as_in_memory']}), "
-            f"with prefetch {1e3 * runs['packed, prefetch']['seconds_per_token']:.1f} ms, bfloat16 "
+            f"{runs['packed']['same_text_as_in_memory']}), bfloat16 "
             f"{1e3 * runs['bfloat16']['seconds_per_token']:.1f} ms "
             f"({runs['bfloat16']['read_bytes_per_token'] / 1e6:.1f} MB): {ratio:.1f} x",
             flush=True,
         )
     return result
-
-
-def routing_of(path: Path, tokens: int = 768) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Experts [tokens, layers, per token] that a trained byte-level OLMoE chooses for Python code."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    text = torch.tensor(list(Path(argparse.__file__).read_bytes()[5000 : 5000 + tokens]))
-    with torch.inference_mode():
-        logits = model(text.reshape(-1, 128), output_router_logits=True).router_logits
-    per_token = model.config.num_experts_per_tok
-    return np.stack([layer.topk(per_token, dim=-1).indices.numpy() for layer in logits], axis=1)
-
-
-def replay(folder: Path, trained: Path, rates: list[float | None]) -> list[dict[str, Any]]:
-    """Policies and prefetch for the routing of a trained model, token by token, experts only."""
-    routes = routing_of(trained)
-    _, layers, per_token = routes.shape
-    experts = transformers.AutoConfig.from_pretrained(trained).num_experts
-    config = moe_models.config_of(HIDDEN, WIDTH, layers, experts, per_token)
-    path = moe_models.packed_in(folder / "replayed", config)
-    warm = 256  # tokens that fill the cache and teach the prediction, not counted
-    x = torch.randn(1, HIDDEN)
-    weights = torch.full((1, per_token), 1 / per_token)
-    lines = []
-    for rate in rates:
-        for share in (4, 2):
-            for policy in ("lru", "lfu"):
-                for prefetch in (False, True):
-                    ThrottledFile.throttle = Throttle(rate)
-                    slots = layers * experts // share
-                    with qmoe_format.open(path) as opened:
-                        cache = ExpertCache(
-                            opened, slots, policy=policy, prefetch=prefetch, page_cache=rate is not None
-                        )
-                    modules = [
-                        QMoEExperts(layer.spec, torch.nn.SiLU(), cached=layer)
-                        for layer in map(cache.layer, opened.layers)
-                    ]
-                    with torch.inference_mode():
-                        for token, chosen in enumerate(torch.from_numpy(routes)):
-                            if token == warm:
-                                cache.reset_stats()
-                                begun = time.perf_counter()
-                            for module, index in zip(modules, chosen, strict=True):
-                                module(x, index[None], weights)
-                    seconds = (time.perf_counter() - begun) / (len(routes) - warm)
-                    stats = cache.stats
-                    cache.close()
-                    lines.append(
-                        {
-                            "rate": "disk" if rate is None else f"{rate / 1e6:.0f} MB/s",
-                            "cache": f"1/{share} of the experts",
-                            "policy": policy,
-                            "prefetch": prefetch,
-                            "seconds_per_token": seconds,
-                            "stats": stats.as_dict(),
-                        }
-                    )
-                    print(
-                        f"{lines[-1]['rate']:>10} {lines[-1]['cache']} {policy} "
-                        f"{'prefetch' if prefetch else '':8} {1e3 * seconds:.2f} ms per token  {stats!r}",
-                        flush=True,
-                    )
-    return lines
 
 
 def draw(result: dict[str, Any], path: Path, title: str) -> None:
@@ -374,8 +307,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--plot", type=Path, help="also draw them here")
-    parser.add_argument("--routing", type=Path, help="a trained byte-level OLMoE whose routing is replayed")
-    parser.add_argument("--rates", type=float, nargs="*", default=[1000, 500, 200], help="MB/s")
+    parser.add_argument("--rates", type=float, nargs="*", default=[500, 200], help="MB/s")
     parser.add_argument("--folder", type=Path, help="where to keep the models for another run")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -383,9 +315,7 @@ def main() -> int:
     qmoe_format.expert_cache.RecordFile = ThrottledFile
     rates = [None, *(1e6 * rate for rate in arguments.rates)]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        result = compare(folder, rates)
-        routing = replay(folder, arguments.routing, rates[:1] + rates[-1:]) if arguments.routing else []
+        result = compare(arguments.folder or Path(temporary), rates)
     machine = f"{processor()}, {torch.get_num_threads()} threads, {qmoe_codec.kernels_name()} kernels"
     if arguments.plot:
         title = f"{machine}\ncache of {result['cache_bytes'] / 1e6:.1f} MB, a quarter of the packed experts; "
@@ -405,7 +335,6 @@ def main() -> int:
             "tokens": TOKENS,
             "repeats": REPEATS,
             **result,
-            "routing": routing,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -448,7 +448,9 @@ class ExpertCache:
             _slots(size, self.slot_bytes, model.path), sum(layer.experts for layer in self._layers)
         )
         # Pages of it take memory from their first use on
-        self._memory = memoryview(mmap.mmap(-1, max(1, self.slots * self.slot_bytes)))
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        with os_errors("expert_cache"):
+            self._memory = memoryview(mmap.mmap(-1, self.slots * self.slot_bytes, private))
         self._policy = POLICIES[policy](self.slots)
         self._next = NextExperts([layer.experts for layer in self._layers]) if prefetch else None
         self._free = list(range(self.slots - 1, -1, -1))

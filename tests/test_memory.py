@@ -29,16 +29,20 @@ MEASURE = """
 import ctypes, json, re, sys
 from pathlib import Path
 import numpy as np, torch, qmoe_format
+from qmoe_format.expert_cache import ExpertCache
 from qmoe_format.torch import QMoEExperts
 
-path, small, tokens, dense = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "dense"
+path, small, tokens, mode = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 
 def resident(field):
     return int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 def experts(path):
     with qmoe_format.open(path) as model:
-        (prefix,) = model.layers
+        ((prefix, spec),) = model.layers.items()
+        if mode == "cached":
+            cache = ExpertCache(model, spec.experts // 4, page_cache=False)
+            return QMoEExperts(spec, torch.nn.SiLU(), cached=cache.layer(prefix))
         return QMoEExperts.from_packed(model.layer(prefix), torch.nn.SiLU())
 
 @torch.no_grad()
@@ -54,11 +58,14 @@ forward(experts(small))  # loads libraries, starts threads
 before = resident("VmRSS")
 module = experts(path)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-if dense:  # what must not happen: one matrix, unpacked
+if mode == "dense":  # what must not happen: one matrix, unpacked
     unpacked = module._layer().matrices(0)["up_proj"].dequantize("bfloat16")
 forward(module)
-print(json.dumps({"packed": len(module.qmoe_store) + len(module.qmoe_dictionaries),
-                  "grown": resident("VmHWM") - before}))
+if mode == "cached":
+    packed = module.cached.cache.slots * module.cached.cache.slot_bytes
+else:
+    packed = len(module.qmoe_store) + len(module.qmoe_dictionaries)
+print(json.dumps({"packed": packed, "grown": resident("VmHWM") - before}))
 """
 
 
@@ -124,3 +131,11 @@ def test_one_unpacked_matrix_would_be_seen(models: tuple[Path, Path]) -> None:
     _, grown = measure(models, 8)
     _, with_a_matrix = measure(models, 8, "dense")
     assert with_a_matrix - grown > 0.8 * EXPERT_BF16 / 3
+
+
+@pytest.mark.parametrize("tokens", [8, 64])
+def test_experts_on_disk_take_the_memory_of_the_slots(models: tuple[Path, Path], tokens: int) -> None:
+    whole, _ = measure(models, tokens)
+    slots, grown = measure(models, tokens, "cached")
+    assert slots < 1.01 * whole / 4
+    assert grown <= slots + allowance(tokens)
