@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ("portable", "avx2", "avx512")
+KERNELS = ("portable", "avx2", "avx512", "avx512vbmi")
 
 
 def compiler() -> str:

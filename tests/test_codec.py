@@ -265,6 +265,16 @@ def test_crc32c() -> None:
     assert crc32c(data[100:], crc32c(data[:100])) == crc32c(data)
 
 
+@pytest.mark.parametrize("size", [3 * 1024, 3 * 16384, 2 * 3 * 16384 + 3 * 1024 + 13])
+def test_crc32c_in_parts(size: int) -> None:
+    """Long inputs are taken in three parts at a time; pieces of less than a part are not."""
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
+    value = 0
+    for start in range(0, size, 1000):
+        value = crc32c(data[start : start + 1000], value)
+    assert crc32c(data) == value
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20), st.data())
 def test_round_levels_agrees_with_the_reference(values: list[float], data: st.DataObject) -> None:
     magnitudes = np.abs(np.float32(values)).reshape(-1, 1)
@@ -435,4 +445,4 @@ def test_experts_matmul_refuses() -> None:
 
 
 def test_the_chosen_kernels_have_a_name() -> None:
-    assert kernels_name() in ("portable", "avx2", "avx512")
+    assert kernels_name() in ("portable", "avx2", "avx512", "avx512vbmi")

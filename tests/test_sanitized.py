@@ -1,4 +1,4 @@
-"""The codec's tests against a C core built with sanitizers, for all kernels; and its pool of threads."""
+"""The codec's tests against a C core built with sanitizers, for all kernels; its measures and its pool of threads."""
 
 from __future__ import annotations
 
@@ -77,6 +77,12 @@ def threads(
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_threads_do_not_race(threads: dict[str, subprocess.Popen[str]], kernels: str) -> None:
     assert output_of(threads, kernels) == f"threads: no fault ({kernels} kernels)\n"
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_rows_are_measured_as_they_are_walked(address_build: Path, tmp_path: Path, kernels: str) -> None:
+    with each_kernels([address_build / "measure"], tmp_path, {}) as running:
+        assert output_of(running, kernels) == f"{kernels}: measured as walked\n"
 
 
 def test_children_forked_from_busy_threads_can_multiply(tmp_path: Path) -> None:

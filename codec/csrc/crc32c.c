@@ -7,11 +7,14 @@
 
 /*
  * Three parts side by side, since the instruction can begin every cycle but takes three. The CRC of one part is moved
- * past the n bytes behind it by a product with x^(8n - 33), which the instruction reduces.
+ * past the n bytes behind it by a product with x^(8n - 33), which the instruction reduces. Bytes that come from memory
+ * want long parts, so that they are fetched ahead: 0.06 ns a byte instead of 0.14 (Zen 4).
  */
-enum { PART = 1024 };
-#define PAST_ONE_PART UINT64_C(0x170076FA)
-#define PAST_TWO_PARTS UINT64_C(0xA51B6135)
+typedef struct {
+    size_t size;
+    uint64_t past_one, past_two;
+} part_size;
+static const part_size long_part = {16384, 0x1DC403CC, 0x5AE703AB}, short_part = {1024, 0x170076FA, 0xA51B6135};
 
 __attribute__((target("sse4.2,pclmul"))) static uint64_t move_past(uint64_t value, uint64_t factor) {
     __m128i product = _mm_clmulepi64_si128(_mm_cvtsi64_si128((int64_t)value), _mm_cvtsi64_si128((int64_t)factor), 0);
@@ -19,15 +22,15 @@ __attribute__((target("sse4.2,pclmul"))) static uint64_t move_past(uint64_t valu
 }
 
 __attribute__((target("sse4.2,pclmul"))) static uint32_t crc32c_three(uint32_t value, const uint8_t *bytes,
-                                                                      size_t parts) {
-    for (; parts >= 3; parts -= 3, bytes += 3 * PART) {
+                                                                      size_t threes, const part_size *part) {
+    for (; threes; threes--, bytes += 3 * part->size) {
         uint64_t first = value, second = 0, third = 0;
-        for (size_t i = 0; i < PART; i += 8) {
+        for (size_t i = 0; i < part->size; i += 8) {
             first = _mm_crc32_u64(first, load64(bytes + i));
-            second = _mm_crc32_u64(second, load64(bytes + PART + i));
-            third = _mm_crc32_u64(third, load64(bytes + 2 * PART + i));
+            second = _mm_crc32_u64(second, load64(bytes + part->size + i));
+            third = _mm_crc32_u64(third, load64(bytes + 2 * part->size + i));
         }
-        value = (uint32_t)(move_past(first, PAST_TWO_PARTS) ^ move_past(second, PAST_ONE_PART) ^ third);
+        value = (uint32_t)(move_past(first, part->past_two) ^ move_past(second, part->past_one) ^ third);
     }
     return value;
 }
@@ -65,10 +68,13 @@ uint32_t qmoe_crc32c(uint32_t value, const void *data, size_t size) {
         const uint8_t *bytes = data;
         value = ~value;
         if (__builtin_cpu_supports("pclmul")) {
-            size_t parts = size / PART / 3 * 3;
-            value = crc32c_three(value, bytes, parts);
-            bytes += parts * PART;
-            size -= parts * PART;
+            const part_size *const parts[2] = {&long_part, &short_part};
+            for (unsigned k = 0; k < 2; k++) {
+                size_t three = 3 * parts[k]->size, threes = size / three;
+                value = crc32c_three(value, bytes, threes, parts[k]);
+                bytes += threes * three;
+                size -= threes * three;
+            }
         }
         return ~crc32c_sse42(value, bytes, size);
     }

@@ -6,12 +6,11 @@
 
 /* Whether a word's non-zeros lie before `end`, which is counted from the phrase's start. */
 static bool nonzeros_before(uint32_t word, uint32_t end) {
-    for (unsigned k = 0; k < MAXIMUM_NONZEROS && word_position(word, k) != NO_POSITION; k++) {
-        if (word_position(word, k) >= end) {
-            return false;
-        }
+    bool inside = true; /* without a way out: how many a word has is nothing that a processor could guess */
+    for (unsigned k = 0; k < MAXIMUM_NONZEROS; k++) {
+        inside &= (word_position(word, k) < end) | (word_position(word, k) == NO_POSITION);
     }
-    return true;
+    return inside;
 }
 
 /* Phrase by phrase, to say what is wrong. */

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 static const qmoe_kernels *choose(void) {
-    const qmoe_kernels *usable[3];
+    const qmoe_kernels *usable[4];
     unsigned count = 0;
     usable[count++] = &qmoe_kernels_portable;
 #if QMOE_HAVE_AVX2
@@ -16,6 +16,11 @@ static const qmoe_kernels *choose(void) {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
         usable[count++] = &qmoe_kernels_avx512;
+#if QMOE_HAVE_AVX512VBMI
+        if (__builtin_cpu_supports("avx512vbmi")) {
+            usable[count++] = &qmoe_kernels_avx512vbmi;
+        }
+#endif
     }
 #endif
     const char *wanted = getenv("QMOE_KERNELS"); /* for tests and measurements */

@@ -163,8 +163,26 @@ static qmoe_status check_unused_bits(const uint8_t *frame, uint64_t start, uint6
     return check_zero(frame, byte + (bits % 8 != 0), end, field, error);
 }
 
+/* Whether all levels are finite: whether none has all bits of its exponent set. */
+static bool levels_finite(const qmoe_matrix *matrix) {
+    const uint8_t *levels = matrix->frame + FRAME_HEADER_SIZE;
+    size_t count = 2 * (size_t)matrix->layout.rows;
+    bool infinite = false; /* without a way out, so that the compiler takes many at a time */
+    if (matrix->layout.level_format == LEVELS_FLOAT32) {
+        for (size_t i = 0; i < count; i++) {
+            infinite |= (load32(levels + 4 * i) & 0x7F800000) == 0x7F800000;
+        }
+    } else if (matrix->layout.level_format != LEVELS_E4M4) {
+        uint32_t exponent = matrix->layout.level_format == LEVELS_BFLOAT16 ? 0x7F80 : 0x7C00;
+        for (size_t i = 0; i < count; i++) {
+            infinite |= (load16(levels + 2 * i) & exponent) == exponent;
+        }
+    }
+    return !infinite;
+}
+
 static qmoe_status check_levels(const qmoe_matrix *matrix, qmoe_error *error) {
-    if (matrix->layout.level_format == LEVELS_E4M4) {
+    if (levels_finite(matrix)) {
         return QMOE_OK;
     }
     for (uint32_t row = 0; row < matrix->layout.rows; row++) {

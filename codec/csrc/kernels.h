@@ -68,6 +68,9 @@ extern const qmoe_kernels qmoe_kernels_avx2;
 #if QMOE_HAVE_AVX512
 extern const qmoe_kernels qmoe_kernels_avx512;
 #endif
+#if QMOE_HAVE_AVX512VBMI
+extern const qmoe_kernels qmoe_kernels_avx512vbmi;
+#endif
 
 /* The best kernels that this processor has. */
 const qmoe_kernels *qmoe_chosen_kernels(void);

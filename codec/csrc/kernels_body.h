@@ -99,58 +99,110 @@ static inline void find_phrases(const codeword_source *source, uint32_t done, ui
 
 /* ---- lengths ---- */
 
-/*
- * Nothing waits for the position here, so this runs several times as fast as decoding does. An unused codeword's
- * length is 0.
- */
-static uint64_t measure_row(const codeword_source *source, uint32_t count, const phrase_tables *phrases) {
-    const uint8_t *lengths = phrases->lengths;
-    uint32_t bits = source->bits, table = source->threshold >> bits ? 0 : 1u << bits;
-    uint32_t before = 0, i = 0; /* `before`: the codeword before; no threshold is 0, so T0 */
-    uint64_t total = 0;
-    bool unused = false;
+#if defined(__AVX512VBMI__)
+#include "measure_vbmi.h"
+#endif
+
+/* What has been measured of a row: the sum of its lengths, and bits of UNUSED if a codeword is. */
+typedef struct {
+    uint32_t total, seen; /* of at most 2^24 lengths of at most 126 */
+} row_measure;
+
+static inline void add_measure(row_measure *row, uint32_t measure) {
+    row->total += measure;
+    row->seen |= measure;
+}
+
 #if defined(__AVX2__)
-    /* Four codewords fill whole bytes, whatever their width: so up to three of the row before come along. */
-    uint32_t lead = (uint32_t)(source->first % 4), end = count + lead, at = 0;
-    const unpacking unpack = unpacking_of(bits);
+/* Where a walk over a row's codewords is. */
+typedef struct {
+    const uint8_t *bytes; /* of the next codeword */
+    uint32_t lead;        /* codewords of the row before that come first */
+    uint32_t before;      /* the codeword before */
+} row_place;
+
+/* Indices of `count` codewords, and of up to 7 that follow. */
+static inline void find_indices(const codeword_source *source, uint32_t count, uint32_t table, row_place *place,
+                                uint16_t *indices) {
+    const __m128i lanes = _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7);
     const __m128i threshold = _mm_set1_epi16((int16_t)source->threshold), tables = _mm_set1_epi16((int16_t)table);
-    const __m256i low = _mm256_set1_epi32(127), zero = _mm256_setzero_si256();
-    const __m256i first_lane = _mm256_set1_epi32((int)lead - 1), end_lane = _mm256_set1_epi32((int)end);
-    __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), sums = zero, none = zero;
-    __m128i last = _mm_setzero_si128();
-    const uint8_t *bytes = source->array + (source->first - lead) * bits / 8;
-    for (; at < end && source->limit - bytes >= 16; at += 8, bytes += bits) {
-        __m256i ours = _mm256_and_si256(_mm256_cmpgt_epi32(lanes, first_lane), _mm256_cmpgt_epi32(end_lane, lanes));
-        __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(ours), _mm256_extracti128_si256(ours, 1));
-        __m128i codewords = _mm_and_si128(unpack_eight(&unpack, bytes), mask);
+    const unpacking unpack = unpacking_of(source->bits);
+    __m128i outside = _mm_cmpgt_epi16(_mm_set1_epi16((int16_t)place->lead), lanes);
+    __m128i last = _mm_insert_epi16(_mm_setzero_si128(), (int)place->before, 7);
+    for (uint32_t i = 0; i < count; i += 8, place->bytes += source->bits) {
+        /* Zero before the row, so that it begins with T0. */
+        __m128i codewords = _mm_andnot_si128(outside, unpack_eight(&unpack, place->bytes));
         __m128i previous = _mm_alignr_epi8(codewords, last, 14);
         __m128i second = _mm_cmpeq_epi16(_mm_max_epu16(previous, threshold), previous);
-        __m128i indices = _mm_or_si128(codewords, _mm_and_si128(second, tables));
+        __m128i found = _mm_or_si128(codewords, _mm_and_si128(second, tables));
+        _mm_storeu_si128((__m128i *)(void *)(indices + i), found);
         last = codewords;
-        lanes = _mm256_add_epi32(lanes, _mm256_set1_epi32(8));
-        /* Four bytes are loaded for each length: phrases.c leaves room behind the last. */
-        __m256i eight = _mm256_i32gather_epi32((const int *)(const void *)lengths, _mm256_cvtepu16_epi32(indices), 1);
-        eight = _mm256_and_si256(_mm256_and_si256(eight, low), ours);
-        sums = _mm256_add_epi32(sums, eight); /* of at most 2^24 / 8 lengths of at most 126 */
-        none = _mm256_or_si256(none, _mm256_and_si256(_mm256_cmpeq_epi32(eight, zero), ours));
+        outside = _mm_setzero_si128();
     }
-    uint32_t parts[8];
-    _mm256_storeu_si256((__m256i *)(void *)parts, sums);
-    for (unsigned k = 0; k < 8; k++) {
-        total += parts[k];
+    place->before = (uint16_t)_mm_extract_epi16(last, 7);
+}
+
+/*
+ * From a whole byte on: so up to three codewords of the row before come along, and some of the row behind. In the
+ * place of these, one of the row is measured, and taken off again: a branch that is guessed wrong costs more. A load
+ * and an addition for each phrase are faster than a gather.
+ */
+static inline uint32_t measure_chunks(const codeword_source *source, uint32_t count, const uint16_t *measures,
+                                      uint32_t table, row_measure *row) {
+    row_place place = {.lead = (uint32_t)(source->first % 4)};
+    uint64_t left = (uint64_t)count + place.lead;
+    place.bytes = source->array + (source->first - place.lead) * source->bits / 8;
+    if ((uint64_t)(source->limit - place.bytes) < (left - 1) / 8 * source->bits + 16) {
+        return 0;
     }
-    unused = _mm256_movemask_epi8(none) != 0;
-    i = at < lead ? 0 : at - lead;
-    before = i ? (uint16_t)_mm_extract_epi16(last, 7) : 0;
+    uint16_t indices[CHUNK + 8];
+    while (left) {
+        uint32_t some = left < CHUNK ? (uint32_t)left : CHUNK;
+        find_indices(source, some, table, &place, indices);
+        uint16_t one = indices[place.lead];
+        for (uint32_t i = 0; i < 3; i++) {
+            indices[i] = i < place.lead ? one : indices[i];
+        }
+        _mm_storeu_si128((__m128i *)(void *)(indices + some), _mm_set1_epi16((int16_t)one));
+        row->total -= (place.lead + -some % 8) * measures[one];
+        for (uint32_t i = 0; i < some; i += 8) {
+            uint16_t sum = 0; /* at most 8 UNUSED */
+            for (unsigned k = 0; k < 8; k++) {
+                sum = (uint16_t)(sum + measures[indices[i + k]]);
+            }
+            __asm__("" : "+r"(sum)); /* or compilers would put vectors together, which takes several times as long */
+            add_measure(row, sum);
+        }
+        left -= some;
+        place.lead = 0;
+    }
+    return count;
+}
+#endif
+
+/* Nothing waits for the position here, so this runs several times as fast as decoding does. */
+static uint64_t measure_row(const codeword_source *source, uint32_t count, const phrase_tables *phrases) {
+    const uint16_t *measures = phrases->measures;
+    uint32_t bits = source->bits, table = source->threshold >> bits ? 0 : 1u << bits;
+#if defined(__AVX512VBMI__)
+    if (bits == 8) {
+        return measure_row_8(source, count, phrases->lengths);
+    }
+    if (bits == 10) {
+        return measure_row_10(source, count, phrases->lengths);
+    }
+#endif
+    row_measure row = {0, 0};
+    uint32_t before = 0, i = 0; /* `before`: the codeword before; no threshold is 0, so T0 */
+#if defined(__AVX2__)
+    i = measure_chunks(source, count, measures, table, &row);
 #endif
     for (; i < count; i++) {
         uint32_t codeword = packed_wide(source->array, source->first + i, bits);
-        uint32_t length = lengths[codeword | (before >= source->threshold ? table : 0)];
+        add_measure(&row, measures[codeword | (before >= source->threshold ? table : 0)]);
         before = codeword;
-        total += length;
-        unused = unused || length == 0;
     }
-    return unused ? UINT64_MAX : total;
+    return row.seen >= UNUSED ? UINT64_MAX : row.total;
 }
 
 /* ---- trits ---- */

@@ -44,9 +44,10 @@ static phrase_tables *build_phrases(const qmoe_dictionary *dictionary) {
     }
     uint32_t block = longest <= 32 ? 32 : longest <= 64 ? 64 : 128;
     /* Lines of 64 bytes hold whole entries; the tables follow each other from the largest alignment on. */
-    size_t sizes[4] = {entries * block, entries * sizeof(phrase_lists), entries * sizeof(phrase_sums), entries + 3};
+    size_t sizes[5] = {entries * block, entries * sizeof(phrase_lists), entries * sizeof(phrase_sums), 2 * entries,
+                       entries};
     size_t header = round_up(sizeof(phrase_tables), 64);
-    size_t total = round_up(header + sizes[0] + sizes[1] + sizes[2] + sizes[3], 64);
+    size_t total = round_up(header + sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4], 64);
     uint8_t *memory = aligned_alloc(64, total);
     if (!memory) {
         return NULL;
@@ -56,15 +57,17 @@ static phrase_tables *build_phrases(const qmoe_dictionary *dictionary) {
     int8_t *blocks = (int8_t *)(memory + header);
     phrase_lists *lists = (phrase_lists *)(void *)(memory + header + sizes[0]);
     phrase_sums *sums = (phrase_sums *)(void *)(memory + header + sizes[0] + sizes[1]);
-    uint8_t *lengths = memory + header + sizes[0] + sizes[1] + sizes[2];
+    uint16_t *measures = (uint16_t *)(void *)(memory + header + sizes[0] + sizes[1] + sizes[2]);
+    uint8_t *lengths = memory + header + sizes[0] + sizes[1] + sizes[2] + sizes[3];
     for (size_t i = 0; i < entries; i++) {
         uint32_t word = dictionary->words[i];
         lengths[i] = (uint8_t)word_length(word);
+        measures[i] = (uint16_t)(word ? word_length(word) : UNUSED);
         fill_sums(word, sums + i);
         fill_lists(word, lists + i);
         fill_block(word, blocks + i * block);
     }
-    *tables = (phrase_tables){block, lengths, sums, lists, blocks};
+    *tables = (phrase_tables){block, lengths, measures, sums, lists, blocks};
     return tables;
 }
 

@@ -10,6 +10,7 @@
  *
  * blocks   the trits, `block` bytes each: 32, 64 or 128, whichever holds the longest phrase
  * lengths  its length in trits
+ * measures the same, and UNUSED where there is none: so that eight of them can be added before one looks for it
  * sums     for one token: where to add x up. See rows_sum.
  * lists    for many tokens: where the non-zeros are. See list_row.
  */
@@ -30,9 +31,12 @@ typedef struct {
     uint64_t advance;      /* the length, in each of the lanes of `positions` */
 } phrase_lists;
 
+enum { UNUSED = 4096 };
+
 typedef struct {
     uint32_t block;
     const uint8_t *lengths;
+    const uint16_t *measures;
     const phrase_sums *sums;
     const phrase_lists *lists;
     const int8_t *blocks;

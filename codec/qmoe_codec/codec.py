@@ -206,7 +206,7 @@ def encode(
 
 
 def kernels_name() -> str:
-    """Which inner loops the C core chose for this processor: portable, avx2 or avx512."""
+    """Which inner loops the C core chose for this processor: portable, avx2, avx512 or avx512vbmi."""
     name: bytes = core.library().qmoe_kernels_name()
     return name.decode()
 
