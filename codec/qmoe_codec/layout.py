@@ -5,6 +5,7 @@ Everything here looks at headers only; nothing is decoded.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class DictionaryHeader:
     payload_size: int
     dictionary_id: int
 
-    @property
+    @functools.cached_property
     def frame_size(self) -> int:
         """Bytes of the whole frame."""
         return DICTIONARY_HEADER.size + self.payload_size
@@ -197,7 +198,7 @@ class FrameHeader:
             round_up(-(-self.rows * self.selector_bits // 8), 4),
         )
 
-    @property
+    @functools.cached_property
     def codewords_start(self) -> int:
         """Offset of the section `codewords` or `trits`."""
         return round_up(self.row_index_start + sum(self.row_index_parts), 16)
@@ -209,7 +210,7 @@ class FrameHeader:
             return -(-self.rows * self.columns // 5)
         return -(-self.codeword_count * self.bits // 8)
 
-    @property
+    @functools.cached_property
     def frame_size(self) -> int:
         """Bytes of the whole frame."""
         room = 0 if self.codec == CODEC_RAW else 8
