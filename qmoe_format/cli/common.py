@@ -146,11 +146,15 @@ class ProgressBar:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
     def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self.close()
 
 
 def refuse_options(options: argparse.Namespace, usable: set[str], what: str) -> None:

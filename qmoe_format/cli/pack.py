@@ -17,7 +17,7 @@ from .common import Command, ProgressBar, add_output_arguments, count, print_jso
 from .hdf5 import directory_output, run_conversion
 from .published import run_import
 from .report import check_report, draw_report, layer_table, write_report
-from .text import size, table
+from .text import duration, size, table
 
 if TYPE_CHECKING:
     from qmoe_quantize import PackSummary, Plan
@@ -65,7 +65,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="predict size and memory from config.json or the weights; write nothing",
+        help="predict size, memory and, with --calib, time, from config.json or the weights; write nothing",
     )
     parser.add_argument(
         "--threads",
@@ -172,8 +172,16 @@ def _pack(options: argparse.Namespace, out: str) -> None:
         print_json(plan.to_json()) if options.json else print(_plan_text(plan))
         return
     start = time.monotonic()
-    with ProgressBar("packing", quiet=options.quiet) as progress:
-        summary = pack(options.source, out, settings, progress=progress)
+    with (
+        ProgressBar("finding lambda", quiet=options.quiet, unit="expert") as searching,
+        ProgressBar("packing", quiet=options.quiet) as progress,
+    ):
+
+        def packing(done: int, total: int) -> None:
+            searching.close()
+            progress(done, total)
+
+        summary = pack(options.source, out, settings, progress=packing, searching=searching)
     seconds = time.monotonic() - start
     if options.report:
         write_report(summary.matrices, options.report)
@@ -214,8 +222,9 @@ def _plan_text(plan: Plan) -> str:
             _sizes(plan),
             "",
             f"{plan.source_bytes / plan.packed_bytes:.1f} times smaller; "
-            f"{plan.sparsity:.1%} of the weights zero; "
-            f"peak memory at most about {size(plan.peak_memory_bytes)}",
+            + ("" if plan.sparsity is None else f"{plan.sparsity:.1%} of the weights zero; ")
+            + f"peak memory at most about {size(plan.peak_memory_bytes)}"
+            + ("" if plan.seconds is None else f"; time about {duration(plan.seconds)}"),
             *(f"assumed: {assumption}" for assumption in plan.assumptions),
         ]
     )

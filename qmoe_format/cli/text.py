@@ -1,4 +1,4 @@
-"""Plain text for people: tables with aligned columns, sizes with units."""
+"""Plain text for people: tables with aligned columns, sizes and times with units."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ def size(nbytes: float) -> str:
         nbytes, unit = nbytes / 1000, larger
     digits = 0 if unit == "B" or nbytes >= 99.95 else 1 if nbytes >= 9.995 else 2
     return f"{nbytes:.{digits}f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time with two digits and the unit that suits it: 5400 is ``1.5 hours``."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * length:
+            number = seconds / length
+            return f"{number:.0f} {unit}" if number >= 9.95 else f"{number:.1f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 9.95 else f"{seconds:.1f} seconds"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

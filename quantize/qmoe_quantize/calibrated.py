@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from qmoe_format.container import LayerSpec, Projection
 
 from .activations import Activations
-from .allocation import SAMPLE_ROWS, RateCurve, rate_curve, sample_rows, solve_lam
 from .checkpoint import SourceCheckpoint
 from .fingerprint import model_digest
 from .gptq import dequantized
@@ -28,8 +27,6 @@ from .ternary import TernaryExpert, TernaryMatrix
 from .text import TokenWindows, read_windows
 
 SCRATCH = "scratch.h5"
-SAMPLED_EXPERTS = 8
-"""Experts of each layer, spread evenly, whose rates stand for all when lambda is looked for."""
 
 
 class StreamedExperts:
@@ -214,9 +211,14 @@ class StoreTernarizer:
         """The recipe's settings."""
         return self._settings.to_json()
 
+    def tokens(self, layer: LayerSpec) -> list[int]:
+        """Tokens that each expert of a layer is calibrated on."""
+        counts: list[int] = self._store.tokens(layer.prefix).tolist()
+        return counts
+
     def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
         """Ternarize a layer, group by group."""
-        tokens = self._store.tokens(layer.prefix).tolist()
+        tokens = self.tokens(layer)
         for start in range(0, layer.experts, self._size):
             experts = range(start, min(start + self._size, layer.experts))
             made = [
@@ -239,81 +241,6 @@ class StoreTernarizer:
 
     def kept(self) -> None:
         """Nothing to forget."""
-
-
-# ---- one lambda for the whole model ------------------------------------------------------------------------
-
-
-def _sampled(layer: LayerSpec) -> list[int]:
-    count = min(SAMPLED_EXPERTS, layer.experts)
-    return [(2 * number + 1) * layer.experts // (2 * count) for number in range(count)]
-
-
-class _SamplingVisitor:
-    """Keeps some rows of some experts, with their Hessians, until the layer is done."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._kept: dict[str, list[MatrixGroup]] = {}
-
-    def wants(self, layer: LayerSpec, experts: range) -> list[int]:
-        return [expert for expert in _sampled(layer) if expert in experts]
-
-    def visit(
-        self, layer: LayerSpec, projection: Projection, experts: list[int], group: MatrixGroup
-    ) -> Tensor:
-        self._kept.setdefault(projection.name, []).append(sample_rows(group, SAMPLE_ROWS, self._seed))
-        return group.weight
-
-    def take(self, layer: LayerSpec) -> list[MatrixGroup]:
-        samples = [_joined(self._kept[projection.name]) for projection in layer.projections]
-        self._kept = {}
-        return samples
-
-
-def _joined(groups: Sequence[MatrixGroup]) -> MatrixGroup:
-    """Several groups of the same projection as one."""
-    return MatrixGroup(
-        names=tuple(name for group in groups for name in group.names),
-        weight=torch.cat([group.weight for group in groups]),
-        hessian=torch.cat([group.hessian for group in groups]),
-        prior=torch.cat([group.prior for group in groups]),
-        tokens=torch.cat([group.tokens for group in groups]),
-        calibration_tokens=groups[0].calibration_tokens,
-        row_weight=torch.cat([group.row_weight for group in groups]),
-    )
-
-
-def find_lam(
-    layers: Sequence[LayerSpec],
-    source: StreamedExperts | StoreTernarizer,
-    settings: RecipeSettings,
-    target_bits: float,
-    seed: int,
-) -> float:
-    """The lambda at which the whole model takes `target_bits` per expert weight.
-
-    Rows of a few experts of every layer are ternarized over a range of lambdas, with the Hessians of the
-    model as it is.
-
-    Raises
-    ------
-    ArgumentError
-        No lambda gives so few or so many bits.
-    """
-    curves: list[RateCurve] = []
-    for layer in layers:
-        visitor = _SamplingVisitor(seed)
-        if isinstance(source, StoreTernarizer):
-            for expert in _sampled(layer):
-                for projection in layer.projections:
-                    group = source.group(layer, projection, range(expert, expert + 1))
-                    visitor.visit(layer, projection, [expert], group)
-        else:
-            for _ in source.run(layer, visitor):
-                pass
-        curves.append(rate_curve(layer, visitor.take(layer), settings))
-    return solve_lam(curves, target_bits)
 
 
 # ---- writing a store ---------------------------------------------------------------------------------------

@@ -167,7 +167,10 @@ class LayerRun:
     def _run_group(self, experts: range, visitor: Visitor) -> None:
         gate = self._weights(self._gate, experts) if self._gate else None
         up, down = self._weights(self._up, experts), self._weights(self._down, experts)
-        if wanted := visitor.wants(self.layer, experts):
+        wanted = visitor.wants(self.layer, experts)
+        if len(wanted) == len(experts):
+            gate, up, down = self._see(wanted, visitor, gate, up, down)
+        elif wanted:
             inside = [expert - experts.start for expert in wanted]
             seen = self._see(
                 wanted, visitor, gate[inside] if gate is not None else None, up[inside], down[inside]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -32,9 +34,11 @@ from .ternary import TernaryExpert, TernaryMatrix
 from .text import TokenWindows, read_windows
 
 if TYPE_CHECKING:
-    from .calibrated import StoreTernarizer, StreamedExperts
+    from .allocation import RateCurve
+    from .calibrated import StreamedExperts
     from .recipes import RecipeSettings
     from .store import Store
+    from .target import LambdaSearch
 
 CALIBRATED_METHODS = ("qmoe", "rd")
 METHODS = ("nearest", *CALIBRATED_METHODS)
@@ -286,6 +290,8 @@ def pack(
     options: PackOptions = PackOptions(),
     *,
     progress: Progress | None = None,
+    searching: Progress | None = None,
+    curves: Sequence[RateCurve] | None = None,
 ) -> PackSummary:
     """Pack a Mixture-of-Experts checkpoint.
 
@@ -302,6 +308,11 @@ def pack(
     options : PackOptions
     progress : callable, optional
         Called after every expert and every dense tensor.
+    searching : callable, optional
+        Before that, with ``target_bits``: told how many experts have been looked at to find lambda, and how
+        many there are.
+    curves : sequence of RateCurve, optional
+        What :func:`rate_curves` gave for the same source, calibration and recipe, so as not to do it again.
 
     Raises
     ------
@@ -316,7 +327,7 @@ def pack(
     refuse_overlap(path, out)
     checkpoint = SourceCheckpoint(path)
     layers = expert_layers(checkpoint.config, checkpoint.tensors)
-    run = _Run(checkpoint, layers, options, progress)
+    run = _Run(checkpoint, layers, options, progress, searching, curves)
     with contextlib.ExitStack() as stack:
         evidence = _Evidence.gather(checkpoint, layers, options, stack)
         resume = None
@@ -388,6 +399,73 @@ class _Evidence:
             settings.pop("lam", None)
         return {"model": self.model, "calibration data": self.data, "settings": settings}
 
+    def stream(
+        self,
+        checkpoint: SourceCheckpoint,
+        layers: list[LayerSpec],
+        windows: TokenWindows,
+        folder: Path,
+        stage: int | None = None,
+    ) -> StreamedExperts:
+        """The model with some text going through it, whose activations lie in `folder`."""
+        from .calibrated import StreamedExperts
+
+        stream, hessian = self.options.stream, self.options.hessian
+        return StreamedExperts(checkpoint, layers, windows, stream, hessian, folder, stage)
+
+    def search(
+        self,
+        checkpoint: SourceCheckpoint,
+        layers: list[LayerSpec],
+        recipe: RecipeSettings,
+        folder: Path,
+        progress: Progress | None,
+    ) -> LambdaSearch:
+        """What finds lambda for a rate."""
+        from .calibrated import StoreTernarizer
+        from .target import LambdaSearch, few_windows
+
+        source: StoreTernarizer | Callable[[bool], StreamedExperts]
+        if self.store is not None:
+            source = StoreTernarizer(self.store, checkpoint, self.options, recipe)
+        else:
+            windows = self.windows
+            assert windows is not None
+
+            def source(few: bool) -> StreamedExperts:
+                return self.stream(checkpoint, layers, few_windows(windows) if few else windows, folder)
+
+        return LambdaSearch(layers, source, recipe, self.options.hessian.seed, progress)
+
+
+def rate_curves(
+    source: str | os.PathLike[str],
+    options: PackOptions,
+    folder: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> list[RateCurve]:
+    """What :func:`pack` finds out first when ``target_bits`` are wanted; several runs may share it.
+
+    Parameters
+    ----------
+    source : str or Path
+    options : PackOptions
+        With calibration.
+    folder : str or Path
+        Where activations may lie meanwhile.
+    progress : callable, optional
+        Told how many experts are done, and how many there are.
+    """
+    checkpoint = SourceCheckpoint(locate(source))
+    layers = expert_layers(checkpoint.config, checkpoint.tensors)
+    with contextlib.ExitStack() as stack:
+        evidence = _Evidence.gather(checkpoint, layers, options, stack)
+        if evidence is None or options.recipe is None:
+            raise ArgumentError("missing", field="calibration", expected="text or a store")
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        return evidence.search(checkpoint, layers, options.recipe, scratch, progress).first_look()
+
 
 def expert_layers(config: ModelConfig, tensors: TensorTable) -> list[LayerSpec]:
     """Find the expert layers, and compare them with those that `config` implies.
@@ -439,11 +517,15 @@ class _Run:
         layers: list[LayerSpec],
         options: PackOptions,
         progress: Progress | None,
+        searching: Progress | None,
+        curves: Sequence[RateCurve] | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._layers = layers
         self._options = options
         self._progress = progress
+        self._searching = searching
+        self._curves = curves
         self._done = 0
         self._recipe = options.recipe
         self.summary = PackSummary(source_bytes=checkpoint.nbytes)
@@ -499,42 +581,19 @@ class _Run:
             return NearestTernarizer(
                 self._checkpoint.weight, options.levels, options.level_format, options.thread_count
             )
-        from .calibrated import StoreTernarizer, StreamedExperts, StreamedTernarizer
+        from .calibrated import StoreTernarizer, StreamedTernarizer
 
-        calibration, recipe = evidence.options, self._recipe
+        recipe = self._recipe
         assert recipe is not None
-        if evidence.store is not None:
-            if options.target_bits is not None and not self.summary.layers:
-                # Lambda does not matter to what is sampled
-                source = StoreTernarizer(evidence.store, self._checkpoint, calibration, recipe)
-                recipe = self._with_lam(source, recipe, options.target_bits)
-            return StoreTernarizer(evidence.store, self._checkpoint, calibration, recipe)
-        windows = evidence.windows
-        assert windows is not None
-
-        def stream(layers: list[LayerSpec], stage: int | None) -> StreamedExperts:
-            return StreamedExperts(
-                self._checkpoint,
-                layers,
-                windows,
-                calibration.stream,
-                calibration.hessian,
-                writer.folder,
-                stage,
-            )
-
         if options.target_bits is not None and not self.summary.layers:
-            recipe = self._with_lam(stream(self._layers, None), recipe, options.target_bits)
-        return StreamedTernarizer(stream(self._layers, stage), recipe)
-
-    def _with_lam(
-        self, source: StreamedExperts | StoreTernarizer, recipe: RecipeSettings, target: float
-    ) -> RecipeSettings:
-        from .calibrated import find_lam
-
-        seed = self._options.calibration.hessian.seed if self._options.calibration else 0
-        self._recipe = replace(recipe, lam=find_lam(self._layers, source, recipe, target, seed))
-        return self._recipe
+            search = evidence.search(self._checkpoint, self._layers, recipe, writer.folder, self._searching)
+            lam = search.find(options.target_bits, self._curves or search.first_look())
+            self._recipe = recipe = replace(recipe, lam=lam)
+        if evidence.store is not None:
+            return StoreTernarizer(evidence.store, self._checkpoint, evidence.options, recipe)
+        assert evidence.windows is not None
+        stream = evidence.stream(self._checkpoint, self._layers, evidence.windows, writer.folder, stage)
+        return StreamedTernarizer(stream, recipe)
 
     def _add_layer(self, writer: PackedModelWriter, ternarizer: Ternarizer, layer: LayerSpec) -> None:
         dictionaries = DictionarySet(layer.experts * sum(p.rows * p.columns for p in layer.projections))

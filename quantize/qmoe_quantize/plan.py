@@ -16,10 +16,9 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 from qmoe_codec import DictionarySet
-from qmoe_codec.errors import ArgumentError
 from qmoe_codec.layout import round_up
 
-from qmoe_format.container import LayerSpec, Projection
+from qmoe_format.container import RECORD_ALIGNMENT, LayerSpec, Projection
 from qmoe_format.dense import encode_dense
 from qmoe_format.safetensors_io import DTYPE_BITS, tensor_bytes
 
@@ -30,6 +29,7 @@ from .nearest import ternarize
 from .pipeline import PackOptions, dense_tensors, expert_layers
 from .shapes import tensors_of
 from .sizes import grown_frame_bytes
+from .text import window_length
 
 SAMPLE_WEIGHTS = 1 << 19  # for each shape of matrix
 SAMPLE_MATRICES = 6
@@ -55,10 +55,12 @@ class Plan:
         Tensors of the source: exact.
     expert_packed_bytes, dense_packed_bytes : int
         Tensors of the output: predicted, except that dense tensors that are copied keep their size.
-    sparsity : float
-        Share of expert weights that become 0: predicted.
+    sparsity : float or None
+        Share of expert weights that become 0: predicted, where it can be.
     peak_memory_bytes : int
         Resident memory of the process at its largest: a bound, predicted.
+    seconds : float or None
+        Time: predicted for a calibrated run.
     assumptions : tuple of str
         What the prediction rests on.
     """
@@ -72,8 +74,9 @@ class Plan:
     dense_source_bytes: int
     expert_packed_bytes: int
     dense_packed_bytes: int
-    sparsity: float
+    sparsity: float | None
     peak_memory_bytes: int
+    seconds: float | None
     assumptions: tuple[str, ...]
 
     @property
@@ -97,7 +100,7 @@ class Plan:
 
 
 def predict(source: str | os.PathLike[str], options: PackOptions = PackOptions()) -> Plan:  # noqa: B008 (immutable)
-    """Predict size and memory; nothing is written.
+    """Predict size, memory, and for a calibrated run time; nothing is written.
 
     Parameters
     ----------
@@ -108,17 +111,9 @@ def predict(source: str | os.PathLike[str], options: PackOptions = PackOptions()
 
     Raises
     ------
-    ArgumentError
-        With calibration, which is not predicted yet.
     UnsupportedModelError, CheckpointError, FormatError
         As far as they can be seen from what is there.
     """
-    if options.calibration is not None:
-        raise ArgumentError(
-            "size, memory and time of a calibrated run cannot be predicted yet",
-            field="dry run",
-            expected="no calibration",
-        )
     path = locate(source, only_config=True)
     if has_weights(path):
         checkpoint = SourceCheckpoint(path)
@@ -173,15 +168,21 @@ def _predict(config: ModelConfig, tensors: TensorTable, options: PackOptions, sa
         layer.experts * tensor_bytes(layer.dtype, (each,))
         for layer, each in zip(layers, expert_weights, strict=True)
     )
-    packed, zeros = 0, 0.0
-    for alike in _alike(layers):
-        layer_bytes, layer_zeros = _predict_layer(alike, options, sample)
-        packed += len(alike) * layer_bytes
-        zeros += len(alike) * layer_zeros
+    packed, sparsity, basis = _predict_experts(layers, weights, options, sample)
     dense_packed, kept = sum(sizes.values()), 1.0
     if options.dense == "zstd":
         kept = _dense_share(sample, sizes, tensors)
         dense_packed = round(kept * dense_packed)
+    notes = [basis]
+    if options.calibration is None:
+        seconds, peak = None, _peak_memory(layers, max(sizes.values(), default=0), options)
+        notes.append(f"{options.thread_count} threads; memory by a formula that was checked on Linux")
+    else:
+        seconds, peak, more = _predict_calibrated(config, tensors, layers, dense, options)
+        notes += more
+    if options.dense == "zstd":
+        whose = "the start of the largest dense tensor" if sample.checkpoint else "random weights"
+        notes.append(f"dense tensors compress to {kept:.0%}, as {whose} did")
     return Plan(
         basis="weights" if sample.checkpoint else "config",
         layers=len(layers),
@@ -192,10 +193,80 @@ def _predict(config: ModelConfig, tensors: TensorTable, options: PackOptions, sa
         dense_source_bytes=sum(sizes.values()),
         expert_packed_bytes=packed,
         dense_packed_bytes=dense_packed,
-        sparsity=zeros / weights if weights else 0.0,
-        peak_memory_bytes=_peak_memory(layers, max(sizes.values(), default=0), options),
-        assumptions=_assumptions(sample, options, zeros / weights if weights else 0.0, kept),
+        sparsity=sparsity,
+        peak_memory_bytes=peak,
+        seconds=seconds,
+        assumptions=tuple(notes),
     )
+
+
+def _predict_experts(
+    layers: list[LayerSpec], weights: int, options: PackOptions, sample: _Sample
+) -> tuple[int, float | None, str]:
+    """Bytes of the experts, share of zeros, and what both rest on."""
+    if options.target_bits is not None:
+        return (
+            round(options.target_bits * weights / 8),
+            None,
+            "size: the wanted bits, as asked for",
+        )
+    if options.method == "rd":
+        most = sum(layer.experts * (_raw_bytes(layer) + RECORD_ALIGNMENT) for layer in layers)
+        return (
+            most,
+            None,
+            "size: a bound, for what lambda is worth only calibration can tell; see --target-bpw",
+        )
+    packed, zeros = 0, 0.0
+    for alike in _alike(layers):
+        layer_bytes, layer_zeros = _predict_layer(alike, options, sample)
+        packed += len(alike) * layer_bytes
+        zeros += len(alike) * layer_zeros
+    sparsity = zeros / weights if weights else 0.0
+    if sample.checkpoint:
+        basis = f"a sample of rows of up to {SAMPLE_MATRICES} experts stands for all"
+    else:
+        basis = (
+            f"weights follow a normal distribution, so that {sparsity:.1%} become 0; "
+            "trained weights have longer tails, so with minmax more of them do"
+        )
+    if options.method == "qmoe":
+        basis += "; as if rounded to nearest: error feedback makes fewer zeros, and up to 1.25 times the bits"
+    return packed, sparsity, basis
+
+
+def _raw_bytes(layer: LayerSpec) -> int:
+    """Bytes of an expert in five trits a byte, with levels and index at their largest."""
+    return sum(p.rows * (-(-p.columns // 5) + 12) + 256 for p in layer.projections)
+
+
+def _predict_calibrated(
+    config: ModelConfig,
+    tensors: TensorTable,
+    layers: list[LayerSpec],
+    dense: list[str],
+    options: PackOptions,
+) -> tuple[float, int, list[str]]:
+    """Seconds and peak memory of a calibrated run, and what they rest on."""
+    from .cost import predict_cost
+
+    calibration, recipe = options.calibration, options.recipe
+    assert calibration is not None and recipe is not None
+    search = options.target_bits is not None
+    cost = predict_cost(config, tensors, layers, dense, calibration, recipe, search=search)
+    notes = [
+        f"time: rates of the recipe measured just now on {cost.rates}; reading and writing not counted",
+        f"memory: {calibration.hessian.experts_per_batch} experts at once, on Linux",
+    ]
+    if search:
+        notes[0] += f"; {cost.search_seconds / cost.seconds:.0%} of it to find lambda"
+    if calibration.text is not None:
+        length = window_length(calibration.text, config)
+        notes.append(
+            f"text: {calibration.text.samples} windows of {length} tokens, if it has as many; "
+            "tokens spread evenly over the experts"
+        )
+    return cost.seconds, cost.peak_memory_bytes, notes
 
 
 def _alike(layers: list[LayerSpec]) -> list[list[LayerSpec]]:
@@ -244,18 +315,3 @@ def _peak_memory(layers: list[LayerSpec], largest_dense: int, options: PackOptio
         threads = options.thread_count
         experts = max(experts, threads * making + (threads + 1) * sum(matrices))
     return BASE_BYTES + max(experts, round(BYTES_PER_DENSE_BYTE[options.dense] * largest_dense))
-
-
-def _assumptions(sample: _Sample, options: PackOptions, sparsity: float, kept: float) -> tuple[str, ...]:
-    if sample.checkpoint:
-        rows = f"a sample of rows of up to {SAMPLE_MATRICES} experts stands for all"
-    else:
-        rows = (
-            f"weights follow a normal distribution, so that {sparsity:.1%} become 0; "
-            "trained weights have longer tails, so with minmax more of them do"
-        )
-    notes = [rows, f"{options.thread_count} threads; memory by a formula that was checked on Linux"]
-    if options.dense == "zstd":
-        whose = "the start of the largest dense tensor" if sample.checkpoint else "random weights"
-        notes.append(f"dense tensors compress to {kept:.0%}, as {whose} did")
-    return tuple(notes)

@@ -25,11 +25,12 @@ from qmoe_codec.errors import ArgumentError, OutputExistsError
 
 from qmoe_format.files import os_errors, read_json_object, write_file
 
+from .allocation import RateCurve
 from .checkpoint import SourceCheckpoint, locate
 from .evaluation import EvaluationOptions, evaluate
 from .fingerprint import model_digest
 from .options import CalibrationOptions
-from .pipeline import METHODS, PackOptions, pack
+from .pipeline import METHODS, PackOptions, pack, rate_curves
 from .recipes import CALIBRATED_METHODS, RecipeSettings
 from .text import parse_part, read_windows, take_part
 
@@ -222,6 +223,7 @@ def sweep(
         original = evaluate(path, options.evaluation).to_json()
     result = Sweep(inputs, environment(), original, known.points if known else ())
     _write(out, result)
+    curves: list[RateCurve] | None = None
     for point in options.points():
         settings = _settings(point)
         if any(dict(done.settings) == settings for done in result.points):
@@ -229,7 +231,9 @@ def sweep(
         tell(label_of(point))
         with _workplace(out) as folder:
             start = time.perf_counter()
-            summary = pack(path, folder / "packed", point)
+            if point.target_bits is not None and curves is None:  # the same for all of them
+                curves = rate_curves(path, point, folder)
+            summary = pack(path, folder / "packed", point, curves=curves)
             pack_seconds = time.perf_counter() - start
             score = evaluate(folder / "packed", options.evaluation)
         done = Point(

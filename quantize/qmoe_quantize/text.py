@@ -150,7 +150,7 @@ def read_windows(options: TextOptions, config: ModelConfig) -> TokenWindows:
         The hub or the tokenizer needs a package that is not installed.
     """
     encode = encoder_of(config)
-    length = options.length or min(2048, _positions(config))
+    length = window_length(options, config)
     documents = _documents(options)
     generator = np.random.default_rng(options.seed)
     wanted = SURPLUS * options.samples * length
@@ -182,6 +182,11 @@ def read_windows(options: TextOptions, config: ModelConfig) -> TokenWindows:
     if not windows.counted.any():
         raise CheckpointError("no token that counts: all are special or masked", file=options.source)
     return windows
+
+
+def window_length(options: TextOptions, config: ModelConfig) -> int:
+    """Tokens of a window."""
+    return options.length or min(2048, _positions(config))
 
 
 def _positions(config: ModelConfig) -> int:
