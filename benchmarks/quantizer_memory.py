@@ -2,10 +2,10 @@
 
     python benchmarks/quantizer_memory.py [--method qmoe] [--hidden 384] [--width 768]
 
-For each number of experts and of layers, an OLMoE with random weights is written to a temporary folder and packed
-by ``qmoe-pack --calib``, always with the same number of experts at once. The system reports the peak of the
-process's resident memory. It must not grow by a tenth from 8 experts to 64, nor with layers; otherwise the exit
-code is 1. Results go to benchmarks/results/quantizer_memory.json.
+For each number of experts and of layers, an OLMoE with random weights is written to a temporary folder and
+packed by ``qmoe-pack --calib``, always with the same number of experts at once. The system reports the peak
+of the process's resident memory. It must not grow by a tenth from 8 experts to 64, nor with layers; otherwise
+the exit code is 1. Results go to benchmarks/results/quantizer_memory.json.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python benchmarks/quantizer_speed.py [--device cuda] [--threads 2]
 
-Fits the two rates of qmoe_quantize.cost, with which `qmoe-pack --dry-run` predicts times.
+Held against what `qmoe-pack --dry-run` predicts for each shape from the small problems that it runs. Results
+and a chart go to benchmarks/results/quantizer_speed.*.
 """
 
 from __future__ import annotations
@@ -10,65 +11,47 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
-from qmoe_quantize.cost import matrix_work
-from qmoe_quantize.problem import MatrixGroup
-from qmoe_quantize.recipes import RecipeSettings, ternarize_group
+from qmoe_quantize.cost import Work, measure_rates, problem, seconds_of
+from qmoe_quantize.recipes import RecipeSettings
 from qmoe_quantize.sweep import environment
 
+from qmoe_format.cli import plot
+
 BASE = (4, 256, 512)  # experts, rows, columns
-SHAPES = [BASE, (16, 256, 512), (4, 1024, 512), (4, 256, 1024), (2, 512, 2048), (16, 128, 128)]
+GROWN = {
+    "experts": [(2, 256, 512), BASE, (8, 256, 512), (16, 256, 512)],
+    "rows": [(4, 128, 512), BASE, (4, 512, 512), (4, 1024, 512)],
+    "columns": [(4, 256, 256), BASE, (4, 256, 1024), (4, 256, 2048)],
+}
+SHAPES = list(dict.fromkeys(shape for shapes in GROWN.values() for shape in shapes))
 SETTINGS = {"qmoe": RecipeSettings("qmoe", "bfloat16"), "rd": RecipeSettings("rd", lam=3e-6)}
 
 
-def group(experts: int, rows: int, columns: int, device: str) -> MatrixGroup:
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2 * columns, columns, generator=generator)
-    hessian = (inputs.T @ inputs / len(inputs))[None]
-    weight = torch.randn(experts, rows, columns, generator=generator) * columns**-0.5
-    return MatrixGroup(
-        names=tuple(f"expert.{number}" for number in range(experts)),
-        weight=weight.to(device),
-        hessian=(0.1 * hessian.repeat(experts, 1, 1)).to(device),
-        prior=hessian.to(device),
-        tokens=torch.full((experts,), 1000),
-        calibration_tokens=10000,
-        row_weight=torch.ones(experts, rows, device=device),
-    )
-
-
-def seconds(problem: MatrixGroup, settings: RecipeSettings, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        ternarize_group(problem, settings)  # ends with a copy to the host
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def fit(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Rates that explain the times best, relative errors squared; both positive."""
-    terms = np.array([[row["multiplications"], row["column_steps"]] for row in rows])
-    times = np.array([row["seconds"] for row in rows])
-    best, *_ = np.linalg.lstsq(terms / times[:, None], np.ones(len(times)), rcond=None)
-    if (best <= 0).any():  # one of them explains all there is
-        column = int(np.argmax(best))
-        single, *_ = np.linalg.lstsq(terms[:, [column]] / times[:, None], np.ones(len(times)), rcond=None)
-        best = np.full(2, 1e-30)
-        best[column] = single[0]
-    predicted = terms @ best
-    return {
-        "multiplications": 1 / best[0],
-        "column_steps": 1 / best[1],
-        "worst_ratio": float(np.max(np.maximum(predicted / times, times / predicted))),
-    }
+def draw(rows: list[dict[str, object]], file: Path) -> None:
+    """Time for a weight, by what grows."""
+    with plot.save_figure(str(file), (9.0, 3.0)) as figure:
+        figure.suptitle("Time to ternarize a weight", fontweight="bold", x=0.01, ha="left")
+        panels = figure.subplots(1, 3, sharey=True)
+        for axes, (name, shapes) in zip(panels, GROWN.items(), strict=True):
+            for method in SETTINGS:
+                found = {
+                    (r["experts"], r["rows"], r["columns"]): 1e9 / float(str(r["weights_per_second"]))
+                    for r in rows
+                    if r["method"] == method
+                }
+                place = list(GROWN).index(name)
+                axes.plot([shape[place] for shape in shapes], [found[s] for s in shapes], "o-", label=method)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks([shape[place] for shape in shapes], [str(shape[place]) for shape in shapes])
+            axes.set_xlabel(name)
+        panels[0].set_ylabel("nanoseconds")
+        panels[0].legend()
 
 
 def main() -> None:
@@ -82,11 +65,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
+    rates = {}
     for method, settings in SETTINGS.items():
+        rates[method] = measure_rates(settings, options.device)
         for shape in SHAPES:
             experts, height, width = shape
-            taken = seconds(group(*shape, options.device), settings, options.repeats)
-            work = matrix_work(height, width, settings, 0.0)
+            taken = seconds_of(problem(shape, options.device), settings, options.repeats)
+            predicted = rates[method].seconds(Work.of(*shape))
             weights = experts * height * width
             rows.append(
                 {
@@ -96,20 +81,14 @@ def main() -> None:
                     "columns": width,
                     "seconds": taken,
                     "weights_per_second": weights / taken,
-                    "multiplications": work.multiplications * experts,
-                    "column_steps": work.column_steps * experts,
+                    "predicted_over_measured": predicted / taken,
                 }
             )
             print(
                 f"{method:5} {experts:3} experts of {height:4} x {width:4}: {taken:7.2f} s, "
-                f"{weights / taken / 1e6:6.2f} M weights/s",
+                f"{weights / taken / 1e6:6.2f} M weights/s; predicted {predicted / taken:.2f} of the time",
                 flush=True,
             )
-    rates = fit(rows)
-    print(
-        f"fitted: {rates['multiplications'] / 1e9:.1f} G multiplications/s, "
-        f"{rates['column_steps'] / 1e6:.1f} M column steps/s, off by at most {rates['worst_ratio']:.2f} times"
-    )
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else environment()["processor"]
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -117,10 +96,11 @@ def main() -> None:
         "threads": options.threads,
         "torch": torch.__version__,
         "settings": {name: asdict(settings) for name, settings in SETTINGS.items()},
-        "rates": rates,
+        "rates": {method: asdict(found) for method, found in rates.items()},
         "shapes": rows,
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n")
+    draw(rows, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -306,6 +306,7 @@ def predict_cost(
     *,
     search: bool,
     rates: Rates | None = None,
+    rough: Rates | None = None,
 ) -> Cost:
     """Time and peak memory of a calibrated run of :func:`.pipeline.pack`.
 
@@ -324,16 +325,17 @@ def predict_cost(
         Whether lambda is to be found for a rate.
     rates : Rates, optional
         By default :func:`measure_rates`.
+    rough : Rates, optional
+        Of error feedback alone, as the paper's recipe does it; by default measured, too.
     """
-    rates = rates or measure_rates(settings, calibration.stream.device)
+    device = calibration.stream.device
+    rates = rates or measure_rates(settings, device)
     run = _Run(config, tensors, layers, dense, calibration, settings)
-    rough = rates if settings.method == "qmoe" or not search else None
-    if rough is None:  # error feedback once, as the paper's recipe does it
-        rough = measure_rates(RecipeSettings("qmoe", settings.level_format), calibration.stream.device)
     seconds = rates.seconds(run.recipe_work()) + rates.multiplication * run.multiplications(1.0, None)
     seconds += rates.encoding * sum(layer.experts * _weights(layer) for layer in layers)
     searching = 0.0
     if search:
+        rough = rough or measure_rates(RecipeSettings("qmoe", settings.level_format), device)
         searching = run.search_seconds(rates, rough)
     return Cost(seconds + searching, searching, run.peak_bytes(search=search), rates.where)
 

@@ -6,6 +6,8 @@ their Hessians and one chunk, however many tokens and experts there are.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,12 @@ PRIOR_TOKENS = 512
 CHUNK_TOKENS = 4096
 FEW_TOKENS = 16
 """How many tokens the sample counts for beside an expert's own, in means over its tokens."""
+
+
+def give_back_memory() -> None:
+    """Let the system have what is free: glibc keeps tensors of middling size, in pieces that fit nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Visitor(Protocol):
@@ -155,6 +163,7 @@ class LayerRun:
         for start in range(0, self.layer.experts, size):
             experts = range(start, min(start + size, self.layer.experts))
             self._run_group(experts, visitor)
+            give_back_memory()
             yield experts
 
     def _weights(self, projection: Projection, experts: range) -> Tensor:
