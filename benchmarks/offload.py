@@ -294,6 +294,7 @@ def draw(result: dict[str, Any], path: Path, title: str) -> None:
     axis.axhline(1e3 * result["in_memory_seconds_per_token"], color="black", linewidth=1, linestyle="--")
     axis.set_xticks(range(len(names)), [f"{n}\n{result['rates'][n]['times_faster']:.1f} ×" for n in names])
     axis.set_yscale("log")
+    axis.set_ylim(1)
     axis.set_ylabel("ms per token")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     for side in ("top", "right"):

@@ -152,12 +152,12 @@ class QMoEExperts(torch.nn.Module):
     ) -> NDArray[np.float32]:
         """What each expert makes of its tokens, which are those of `x` up to its end."""
         source = self._layer() if self.cached is None else self.cached
-        starts = np.append(0, ends[:-1])
         output = np.empty_like(x)
         with closing(source.lend(hit.tolist())) as portions:
             for positions, matrices in portions:
                 if len(positions) == len(hit):
                     return self._multiply(matrices, x, ends)
+                starts = np.append(0, ends[:-1])
                 rows = np.concatenate([np.arange(starts[p], ends[p]) for p in positions])
                 output[rows] = self._multiply(
                     matrices, x[rows], np.cumsum(ends[positions] - starts[positions])
