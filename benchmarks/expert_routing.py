@@ -98,10 +98,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trained", type=Path)
     parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rates", type=float, nargs="*", default=[200], help="MB/s")
     parser.add_argument("--folder", type=Path, help="where to keep the model for another run")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
     qmoe_format.expert_cache.RecordFile = ThrottledFile
     routes = routing_of(arguments.trained)
     experts = transformers.AutoConfig.from_pretrained(arguments.trained).num_experts

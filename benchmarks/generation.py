@@ -32,11 +32,11 @@ from tqdm import tqdm
 import qmoe_format
 from qmoe_format.transformers import load
 
-HIDDEN, WIDTH, LAYERS, EXPERTS, VOCABULARY = 1024, 2048, 4, 32, 1024
+HIDDEN, WIDTH, LAYERS, EXPERTS, VOCABULARY = 1024, 2048, 2, 32, 1024
 PER_TOKEN = (2, 8)
-BATCHES = (1, 4, 16)
-PROMPTS = (32, 256)
-STEPS = {1: 12, 4: 4, 16: 2}  # per batch
+BATCHES = (1, 8)
+PROMPTS = (128,)
+STEPS = {1: 10, 8: 3}  # per batch
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 
 
