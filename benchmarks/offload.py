@@ -296,7 +296,7 @@ def draw(result: dict[str, Any], path: Path, title: str) -> None:
     axis.axhline(1e3 * result["in_memory_seconds_per_token"], color="black", linewidth=1, linestyle="--")
     axis.set_xticks(range(len(names)), [f"{n}\n{result['rates'][n]['times_faster']:.1f} ×" for n in names])
     axis.set_yscale("log")
-    axis.set_ylim(1)
+    axis.set_ylim(1, 2 * max(run["bfloat16"]["seconds_per_token"] for run in result["rates"].values()) * 1e3)
     axis.set_ylabel("ms per token")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     for side in ("top", "right"):
@@ -321,7 +321,8 @@ def main() -> int:
     rates = [None, *(1e6 * rate for rate in arguments.rates)]
     with tempfile.TemporaryDirectory() as temporary:
         result = compare(arguments.folder or Path(temporary), rates)
-    machine = f"{processor()}, {torch.get_num_threads()} threads, {qmoe_codec.kernels_name()} kernels"
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    machine = f"{processor()}, {threads}, {qmoe_codec.kernels_name()} kernels"
     if arguments.plot:
         title = f"{machine}\ncache of {result['cache_bytes'] / 1e6:.1f} MB, a quarter of the packed experts; "
         draw(result, arguments.plot, title + "dashed: packed, all in memory")
