@@ -18,7 +18,7 @@ from qmoe_codec import DictionarySet
 from qmoe_codec.errors import ArgumentError
 from torch import Tensor
 
-from qmoe_format.container import LayerSpec, Projection
+from qmoe_format.container import RECORD_ALIGNMENT, LayerSpec, Projection
 
 from .fit import TernaryFit
 from .gptq import Penalty, dequantized, feedback
@@ -163,7 +163,7 @@ class LayerSizes:
         self._frames: dict[str, list[int]] = {projection.name: [] for projection in layer.projections}
 
     def add(self, projection: Projection, matrices: Sequence[TernaryMatrix]) -> None:
-        """Note the matrices of some experts, or some rows of each."""
+        """Note the matrices of some experts, or some rows of each; the same experts for each projection."""
         for matrix in matrices:
             frame = self._dictionaries.encode(matrix.trits, matrix.levels, self._level_format)
             scale = projection.rows / max(1, len(matrix.trits))
@@ -171,9 +171,9 @@ class LayerSizes:
 
     def nbytes(self) -> float:
         """Bytes as the codec writes them, with headers, dictionaries, index and alignment."""
-        record = sum(float(np.mean(frames)) for frames in self._frames.values())
-        # Records begin at multiples of 256 bytes: half of that on average, once per expert.
-        return self._layer.experts * (record + 128 + 24) + len(self._dictionaries.to_bytes())
+        records = np.array(list(self._frames.values())).sum(axis=0)  # of each expert
+        whole = np.ceil(records / RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+        return self._layer.experts * (float(whole.mean()) + 24) + len(self._dictionaries.to_bytes())
 
 
 def solve_lam(curves: Sequence[RateCurve], target_bits: float) -> float:

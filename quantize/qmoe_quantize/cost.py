@@ -54,6 +54,7 @@ ENCODED = (512, 512)
 
 # Measured with benchmarks/quantizer_memory.py: interpreter, torch, transformers, codec, what malloc keeps.
 BASE_BYTES = 420_000_000
+START_SECONDS = 4.0  # torch and transformers
 MATRIX_BYTES = 2_500
 """Kept of every matrix of the model: its name, where it lies, its line of the report."""
 SKEW = 4
@@ -331,7 +332,11 @@ def predict_cost(
     device = calibration.stream.device
     rates = rates or measure_rates(settings, device)
     run = _Run(config, tensors, layers, dense, calibration, settings)
-    seconds = rates.seconds(run.recipe_work()) + rates.multiplication * run.multiplications(1.0, None)
+    seconds = (
+        START_SECONDS
+        + rates.seconds(run.recipe_work())
+        + rates.multiplication * run.multiplications(1.0, None)
+    )
     seconds += rates.encoding * sum(layer.experts * _weights(layer) for layer in layers)
     searching = 0.0
     if search:
