@@ -511,8 +511,12 @@ def test_a_wanted_rate_is_met(tmp_path: Path) -> None:
         recipe=RecipeSettings(sweeps=0),
         target_bits=1.6,
     )
-    summary = pack(source, tmp_path / "out", chosen)
+    steps: list[tuple[int, int]] = []
+    summary = pack(source, tmp_path / "out", chosen, searching=lambda *step: steps.append(step))
     assert summary.bits_per_weight == pytest.approx(1.6, rel=0.02)
+    # Two looks at least at all five experts, and a bar that rises to its end
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1] >= 2 * 5
     assert summary.matrices[0]["lam"] > 0
 
 

@@ -1,4 +1,4 @@
-"""The codec's tests against a C core built with sanitizers, for all kernels; its measures and its pool of threads."""
+"""The codec's tests against a C core built with sanitizers, for all kernels; its measures and threads."""
 
 from __future__ import annotations
 

@@ -67,6 +67,26 @@ def test_each_point_is_what_packing_and_scoring_give(folder: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_the_first_look_for_lambda_serves_all_points(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qmoe_quantize.target import LambdaSearch
+
+    looks: list[int] = []
+    original = LambdaSearch.first_look
+
+    def count(self: LambdaSearch) -> Any:
+        looks.append(1)
+        return original(self)
+
+    monkeypatch.setattr(LambdaSearch, "first_look", count)
+    chosen = options_of(folder, "rd", bits=(2.2, 2.6))
+    together = sweep(folder / "model", chosen)
+    assert len(looks) == 1
+    alone = pack(folder / "model", tmp_path / "out", chosen.points()[1])
+    assert together.of("rd")[1].bits_per_weight == alone.bits_per_weight
+
+
 def test_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "points.json"
     first = sweep(folder / "model", options_of(folder, "nearest"), out)

@@ -57,6 +57,8 @@ BASE_BYTES = 420_000_000
 START_SECONDS = 4.0  # torch and transformers
 MATRIX_BYTES = 2_500
 """Kept of every matrix of the model: its name, where it lies, its line of the report."""
+SECOND_LOOKS = 2
+"""How often the second look for lambda is taken, as a rule."""
 SKEW = 4
 """How many times the tokens of an average expert a busy one is taken to see in a chunk."""
 HIDDEN_COPIES = 12
@@ -428,10 +430,11 @@ class _Run:
                 first += Work.of(seen, rows, columns, groups)
                 sampled += Work.of(many, 3 * min(height, projection.rows), columns, calls)
                 second += Work.of(layer.experts, projection.rows, columns, self._groups(layer))
-        seconds = rates.seconds(first) + rates.seconds(sampled)
+        seconds = rates.seconds(first) + SECOND_LOOKS * rates.seconds(sampled)
         if self._streamed:
-            seconds += rough.seconds(second) + rates.multiplication * (
-                self.multiplications(1 / FIRST_SHARE, FIRST_EXPERTS) + self.multiplications(1.0, None)
+            seconds += SECOND_LOOKS * rough.seconds(second) + rates.multiplication * (
+                self.multiplications(1 / FIRST_SHARE, FIRST_EXPERTS)
+                + SECOND_LOOKS * self.multiplications(1.0, None)
             )
         return seconds
 
