@@ -509,6 +509,41 @@ def test_an_altered_record_is_refused_by_name(
     forward(module, 2)
 
 
+@given(data=st.data(), seen_before=st.booleans(), value=st.integers(1, 255))
+def test_an_altered_byte_of_a_record_is_refused_and_others_mean_nothing(
+    path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    expected: list[dict[int, dict[str, bytes]]],
+    data: st.DataObject,
+    seen_before: bool,
+    value: int,
+) -> None:
+    """Anywhere in the first layer's shard behind its header, with the time of change put back."""
+    model = tmp_path_factory.mktemp("altered") / "packed"
+    packed_models.restore(model, packed_models.contents(path))
+    shard, start = shard_of(model)
+    with qmoe_format.open(model) as opened:
+        records = opened.layer(PREFIXES[0]).index[:, :2].tolist()
+    cache = cache_of(model, 1)
+    if seen_before:
+        for expert in range(EXPERTS):
+            ask(cache, 0, [expert])
+        ask(cache, 1, [0])  # so that none of them is in the slot
+    status = os.stat(shard)
+    altered = bytearray(shard.read_bytes())
+    place = data.draw(st.integers(start, len(altered) - 1))
+    altered[place] ^= value
+    with shard.open("r+b") as stream:
+        stream.write(altered)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for expert, (offset, size) in reversed(list(enumerate(records))):
+        if offset <= place - start < offset + size:
+            with pytest.raises(qmoe_format.FormatError, match=f"expert {expert}"):
+                ask(cache, 0, [expert])
+        else:
+            assert ask(cache, 0, [expert]) == {expert: expected[0][expert]}
+
+
 def append(path: Path) -> None:
     with path.open("ab") as stream:
         stream.write(b"more")
