@@ -191,6 +191,19 @@ def test_a_set_of_dictionaries_never_exceeds_raw(matrix: TernaryMatrix) -> None:
     assert np.array_equal(trits, matrix.trits) and np.array_equal(levels, matrix.levels)
 
 
+def test_a_set_of_dictionaries_does_not_depend_on_the_order() -> None:
+    """So the matrices of a layer can be encoded by several processes."""
+    matrices = [random_trits((30, 400), p, seed) for seed, p in enumerate((0.6, 0.7, 0.72, 0.9, 0.91, 0.97))]
+    weights = sum(trits.size for trits in matrices)
+    forward, backward = DictionarySet(weights), DictionarySet(weights)
+    frames = [forward.encode(trits, np.ones((30, 2))) for trits in matrices]
+    others = [backward.encode(trits, np.ones((30, 2))) for trits in reversed(matrices)]
+    alone = [DictionarySet(weights).encode(trits, np.ones((30, 2))) for trits in matrices]
+    assert frames == others[::-1] == alone
+    assert forward.to_bytes() == backward.to_bytes()
+    assert len(forward.dictionaries) > 1
+
+
 def random_trits(shape: tuple[int, int], p_zero: float, seed: int = 0) -> np.ndarray:
     p = [(1 - p_zero) / 2, p_zero, (1 - p_zero) / 2]
     return np.random.default_rng(seed).choice(np.array([-1, 0, 1], np.int8), shape, p=p)

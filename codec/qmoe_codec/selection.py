@@ -22,6 +22,10 @@ NONZERO_SHARES = tuple(2.0 ** (-step / 4) for step in range(3, 25))
 # The densest source that a width is of use for: wide codewords need long phrases, which have few non-zeros.
 DENSEST = {8: 1.0, 10: 0.6, 12: 0.3}
 
+# How many times its share of a dictionary's bytes a matrix is charged, as if so few of the matrices of a layer came
+# to use the same one: measured, fewer bytes in all than when the first to use one pays and the others do not.
+SHARING = 8.0
+
 _GRID = np.linspace(-6.0, 9.0, 121)  # log-odds of a zero, where rates are tabulated
 
 
@@ -103,8 +107,13 @@ class DictionarySet:
     Parameters
     ----------
     weights : int, optional
-        Ternary weights that will share the set. A dictionary that a matrix would be the first to use is
-        charged to it in proportion to its share of them; by default nothing is charged.
+        Ternary weights that will share the set. A matrix is charged for each dictionary that it uses, in
+        proportion to its share of them; by default nothing is charged.
+
+    Notes
+    -----
+    What a matrix chooses depends on the matrix and `weights` alone, not on what was encoded before: so the
+    matrices of a layer can be encoded in any order, and in several places.
     """
 
     def __init__(self, weights: int | None = None) -> None:
@@ -117,9 +126,9 @@ class DictionarySet:
 
     def _charge(self, share: float, bits: int, weights: int) -> float:
         dictionary = build_dictionary(1 - share, bits)
-        if self._weights is None or dictionary.dictionary_id in self.dictionaries:
+        if self._weights is None:
             return 0.0
-        return 8.0 * len(dictionary.frame) * min(1.0, weights / max(self._weights, 1))
+        return 8.0 * len(dictionary.frame) * min(1.0, SHARING * weights / max(self._weights, 1))
 
     def _choose(self, nonzeros: NDArray[np.int64], columns: int) -> _Choice:
         """The cheapest dictionaries by prediction."""
