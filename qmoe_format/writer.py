@@ -89,6 +89,30 @@ class _Shard:
             self.record = self.open_writer.close()
 
 
+@dataclass(frozen=True)
+class WrittenLayer:
+    """A shard of experts that is complete on the disk: what :func:`write_experts` gives.
+
+    Attributes
+    ----------
+    tensors : list of str
+        Names in it.
+    tensor_bytes : int
+        Bytes of them all.
+    entry : dict
+        The layer in `quantization_config`.
+    nbytes : int
+    sha256 : str
+        Of the file.
+    """
+
+    tensors: list[str]
+    tensor_bytes: int
+    entry: dict[str, object]
+    nbytes: int
+    sha256: str
+
+
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -284,82 +308,26 @@ class PackedModelWriter:
         FormatError
             A frame has an illegal header or names a dictionary that is not there.
         """
-        names = [layer.prefix + suffix for suffix in (STORE, STORE_INDEX, DICTIONARIES)]
-        self._claim(*names)
-        header = (
-            8 + header_entry_bytes("__metadata__", 1) + sum(header_entry_bytes(name, 2) for name in names)
-        )
-        shard = self._new_shard(round_up(header, RECORD_ALIGNMENT))
-        writer = shard.open_writer
-        index, used = [], set()
-        # The store comes first, at a multiple of 256; the index after it is then aligned as well.
-        writer.begin(names[0], 1)
-        for expert, (frames, tokens) in enumerate(records):
-            place = f"{layer.prefix}: expert {expert}"
-            used |= self._check_record(layer, expert, frames, tokens, place)
-            offset, size = writer.position - writer.data_start, sum(map(len, frames))
-            for frame in frames:
-                writer.write(frame)
-            writer.write(bytes(-size % RECORD_ALIGNMENT))
-            index.append((offset, size, tokens))
-        if len(index) != layer.experts:
-            raise ArgumentError(
-                "not a record for every expert", field=layer.prefix, value=len(index), expected=layer.experts
-            )
-        store_bytes = writer.position - writer.data_start
-        writer.end("U8", (store_bytes,))
-        writer.add(names[1], "I64", (layer.experts, 3), np.array(index, "<i8").tobytes())
-        data = dictionaries.to_bytes()
-        if missing := used - parse_dictionaries(data).keys():
-            raise MissingDictionaryError(
-                "named by a frame but not among the layer's",
-                file=layer.prefix,
-                field="dictionary_ids",
-                value=", ".join(f"{identity:#010x}" for identity in sorted(missing)),
-            )
-        writer.add(names[2], "U8", (len(data),), data)
-        shard.tensors += names
-        shard.tensor_bytes = writer.position - writer.data_start
-        shard.close()
-        self._layers[layer.prefix] = {
-            **layer.to_json(),
-            "store_bytes": store_bytes,
-            "dictionaries_bytes": len(data),
-        }
+        self.adopt_layer(layer, write_experts(self.next_shard, layer, records, dictionaries))
 
-    @staticmethod
-    def _check_record(
-        layer: LayerSpec, expert: int, frames: Sequence[bytes], tokens: int, place: str
-    ) -> set[int]:
-        """Compare a record with its layer; gives the ids of the dictionaries that it names."""
-        if expert >= layer.experts:
-            raise ArgumentError("more records than experts", field=layer.prefix, expected=layer.experts)
-        if len(frames) != len(layer.projections):
-            raise ArgumentError(
-                "not a frame for every projection",
-                field=place,
-                value=len(frames),
-                expected=len(layer.projections),
-            )
-        if type(tokens) is not int or not -1 <= tokens < 1 << 63:
-            raise ArgumentError("illegal", field=f"{place}: tokens", value=tokens, expected="a count, or -1")
-        used: set[int] = set()
-        for frame, projection in zip(frames, layer.projections, strict=True):
-            try:
-                header = read_frame_header(frame)
-            except FormatError as error:
-                raise error.with_file(f"{place}: {projection.name}") from error
-            found = (header.rows, header.columns, header.frame_size)
-            wanted = (projection.rows, projection.columns, len(frame))
-            if found != wanted:
-                raise ArgumentError(
-                    "not the projection's frame",
-                    field=f"{place}: {projection.name}: rows, columns, bytes",
-                    value=found,
-                    expected=wanted,
-                )
-            used.update(header.dictionary_ids)
-        return used
+    @property
+    def next_shard(self) -> Path:
+        """Where the next layer of experts goes."""
+        return self._shard_path(len(self._shards) + 1)
+
+    def adopt_layer(self, layer: LayerSpec, written: WrittenLayer) -> None:
+        """Take over a layer that :func:`write_experts` has written to :attr:`next_shard`, here or elsewhere.
+
+        Raises
+        ------
+        ArgumentError
+            The layer was added already.
+        """
+        self._claim(*written.tensors)
+        shard = _Shard(self.next_shard, None, written.tensors, written.tensor_bytes)
+        shard.record = FileRecord(written.nbytes, written.sha256)
+        self._shards.append(shard)
+        self._layers[layer.prefix] = written.entry
 
     def add_dense(
         self, name: str, dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview
@@ -553,6 +521,86 @@ class PackedModelWriter:
                 self._directory.leave()
             else:
                 self._directory.discard()
+
+
+def write_experts(
+    path: Path,
+    layer: LayerSpec,
+    records: Iterable[tuple[Sequence[bytes], int]],
+    dictionaries: Dictionaries,
+) -> WrittenLayer:
+    """Write a layer of experts as one shard; parameters and errors are those of ``add_layer``."""
+    names = [layer.prefix + suffix for suffix in (STORE, STORE_INDEX, DICTIONARIES)]
+    header = 8 + header_entry_bytes("__metadata__", 1) + sum(header_entry_bytes(name, 2) for name in names)
+    writer = SafetensorsWriter(path, round_up(header, RECORD_ALIGNMENT))
+    try:
+        index, used = [], set()
+        # The store comes first, at a multiple of 256; the index after it is then aligned as well.
+        writer.begin(names[0], 1)
+        for expert, (frames, tokens) in enumerate(records):
+            place = f"{layer.prefix}: expert {expert}"
+            used |= _check_record(layer, expert, frames, tokens, place)
+            offset, size = writer.position - writer.data_start, sum(map(len, frames))
+            for frame in frames:
+                writer.write(frame)
+            writer.write(bytes(-size % RECORD_ALIGNMENT))
+            index.append((offset, size, tokens))
+        if len(index) != layer.experts:
+            raise ArgumentError(
+                "not a record for every expert", field=layer.prefix, value=len(index), expected=layer.experts
+            )
+        store_bytes = writer.position - writer.data_start
+        writer.end("U8", (store_bytes,))
+        writer.add(names[1], "I64", (layer.experts, 3), np.array(index, "<i8").tobytes())
+        data = dictionaries.to_bytes()
+        if missing := used - parse_dictionaries(data).keys():
+            raise MissingDictionaryError(
+                "named by a frame but not among the layer's",
+                file=layer.prefix,
+                field="dictionary_ids",
+                value=", ".join(f"{identity:#010x}" for identity in sorted(missing)),
+            )
+        writer.add(names[2], "U8", (len(data),), data)
+        tensor_bytes = writer.position - writer.data_start
+        record = writer.close()
+    finally:
+        writer.abort()
+    entry = {**layer.to_json(), "store_bytes": store_bytes, "dictionaries_bytes": len(data)}
+    return WrittenLayer(names, tensor_bytes, entry, record.nbytes, record.sha256)
+
+
+def _check_record(
+    layer: LayerSpec, expert: int, frames: Sequence[bytes], tokens: int, place: str
+) -> set[int]:
+    """Compare a record with its layer; gives the ids of the dictionaries that it names."""
+    if expert >= layer.experts:
+        raise ArgumentError("more records than experts", field=layer.prefix, expected=layer.experts)
+    if len(frames) != len(layer.projections):
+        raise ArgumentError(
+            "not a frame for every projection",
+            field=place,
+            value=len(frames),
+            expected=len(layer.projections),
+        )
+    if type(tokens) is not int or not -1 <= tokens < 1 << 63:
+        raise ArgumentError("illegal", field=f"{place}: tokens", value=tokens, expected="a count, or -1")
+    used: set[int] = set()
+    for frame, projection in zip(frames, layer.projections, strict=True):
+        try:
+            header = read_frame_header(frame)
+        except FormatError as error:
+            raise error.with_file(f"{place}: {projection.name}") from error
+        found = (header.rows, header.columns, header.frame_size)
+        wanted = (projection.rows, projection.columns, len(frame))
+        if found != wanted:
+            raise ArgumentError(
+                "not the projection's frame",
+                field=f"{place}: {projection.name}: rows, columns, bytes",
+                value=found,
+                expected=wanted,
+            )
+        used.update(header.dictionary_ids)
+    return used
 
 
 def _record_of(path: Path) -> FileRecord:
