@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import stat
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -345,6 +346,16 @@ class PartialDirectory:
             os.close(lock)
             raise
         return lock
+
+    def share(self) -> str:
+        """Let other processes lock the directory too, in common; gives what the marker says from now on."""
+        mark = secrets.token_hex(16)
+        with os_errors(self.path / MARKER):
+            os.truncate(self._lock, 0)
+            os.pwrite(self._lock, mark.encode(), 0)
+            os.fsync(self._lock)
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return mark
 
     def clear(self, keep: Collection[str] = ()) -> None:
         """Delete what is in the partial directory, but for some names."""

@@ -208,6 +208,16 @@ class PackedModelWriter:
         """The directory that is being made. Other files in it are deleted when it is finished."""
         return self._directory.path
 
+    def share(self) -> str:
+        """Let other processes of this run write to :attr:`folder` too, and keep other runs out of it.
+
+        Returns
+        -------
+        str
+            What they find in the marker, and so know the directory by.
+        """
+        return self._directory.share()
+
     # ---- going on from an interrupted run ---------------------------------------------------------------
 
     def keep_layer(self, working: Mapping[str, object], files: Sequence[str]) -> None:
@@ -430,7 +440,7 @@ class PackedModelWriter:
         return shard
 
     def _shard_path(self, number: int) -> Path:
-        return self._directory.path / f"shard-{number:05d}"
+        return self._directory.path / shard_name(number)
 
     # ---- the end ----------------------------------------------------------------------------------------
 
@@ -521,6 +531,11 @@ class PackedModelWriter:
                 self._directory.leave()
             else:
                 self._directory.discard()
+
+
+def shard_name(number: int) -> str:
+    """What a shard is called until all are there; they are numbered from 1."""
+    return f"shard-{number:05d}"
 
 
 def write_experts(

@@ -56,13 +56,15 @@ def execute(program: str, commands: Command | Mapping[str, Command], arguments: 
         for name, command in commands.items():
             subparser = subparsers.add_parser(name, help=command.help, allow_abbrev=False)
             _prepare(subparser, f"{program} {name}", command)
-    options = parser.parse_args(arguments)
+    with contextlib.redirect_stderr(None) if _is_one_of_many() else contextlib.nullcontext():
+        options = parser.parse_args(arguments)
     try:
         with _terminable():
             options.run(options)
             sys.stdout.flush()
     except QMoEError as error:
-        print(f"{options.program}: error: {error}", file=sys.stderr)
+        if not getattr(error, "quiet", False):
+            print(f"{options.program}: error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # Who read the output has seen enough of it. What is left in the buffer must not raise at exit.
@@ -73,9 +75,15 @@ def execute(program: str, commands: Command | Mapping[str, Command], arguments: 
         return QMoEError.exit_code
     except KeyboardInterrupt as stop:
         what_is_left = f": {stop}" if str(stop) else ""
-        print(f"{options.program}: interrupted{what_is_left}", file=sys.stderr)
+        if not getattr(stop, "quiet", False):
+            print(f"{options.program}: interrupted{what_is_left}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _is_one_of_many() -> bool:
+    """Whether another process of the same run says what is wrong with the arguments."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _prepare(parser: argparse.ArgumentParser, program: str, command: Command) -> None:

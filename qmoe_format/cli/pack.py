@@ -21,6 +21,7 @@ from .text import duration, size, table
 
 if TYPE_CHECKING:
     from qmoe_quantize import PackSummary, Plan
+    from qmoe_quantize.ranks import Ranks
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +82,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_recipe_arguments(parser)
     add_calibration_arguments(parser, stores=True)
     add_output_arguments(parser)
+    parser.add_argument(
+        "--join-timeout",
+        type=count,
+        default=300,
+        metavar="S",
+        help="under torchrun: seconds to wait for all processes (default: %(default)s)",
+    )
     parser.set_defaults(default_of=parser.get_default)
 
 
@@ -113,13 +121,35 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from qmoe_quantize.ranks import Ranks
+
+    with Ranks.join(options.device, options.join_timeout) as ranks:
+        _run_as(options, ranks)
+
+
+def _run_as(options: argparse.Namespace, ranks: Ranks) -> None:
+    if ranks.size > 1:
+        _refuse_ranks(options)
     if run_conversion(options):
         return
     with directory_output(options) as out:
-        _pack(options, out)
+        _pack(options, out, ranks)
 
 
-def _pack(options: argparse.Namespace, out: str) -> None:
+def _refuse_ranks(options: argparse.Namespace) -> None:
+    """What one process does by itself is not done by several."""
+    from qmoe_quantize.published import is_published
+
+    alone = options.dry_run or is_published(options.source) or str(options.source).endswith((".h5", ".hdf5"))
+    require(
+        not alone and options.out is not None and not str(options.out).endswith((".h5", ".hdf5")),
+        "done by one process",
+        field="WORLD_SIZE",
+        expected="a checkpoint to be packed into a directory",
+    )
+
+
+def _pack(options: argparse.Namespace, out: str, ranks: Ranks) -> None:
     from qmoe_quantize.published import is_published
 
     if is_published(options.source):
@@ -172,16 +202,19 @@ def _pack(options: argparse.Namespace, out: str) -> None:
         print_json(plan.to_json()) if options.json else print(_plan_text(plan))
         return
     start = time.monotonic()
+    quiet = options.quiet or ranks.rank > 0
     with (
-        ProgressBar("finding lambda", quiet=options.quiet, unit="expert") as searching,
-        ProgressBar("packing", quiet=options.quiet) as progress,
+        ProgressBar("finding lambda", quiet=quiet, unit="expert") as searching,
+        ProgressBar("packing", quiet=quiet) as progress,
     ):
 
         def packing(done: int, total: int) -> None:
             searching.close()
             progress(done, total)
 
-        summary = pack(options.source, out, settings, progress=packing, searching=searching)
+        summary = pack(options.source, out, settings, progress=packing, searching=searching, ranks=ranks)
+    if ranks.rank:
+        return
     seconds = time.monotonic() - start
     if options.report:
         write_report(summary.matrices, options.report)

@@ -20,13 +20,14 @@ from .gptq import dequantized
 from .mixture import LayerRun, Visitor
 from .options import CalibrationOptions, HessianOptions, StreamOptions
 from .problem import MatrixGroup
+from .ranks import Ranks
 from .recipes import RecipeSettings, ternarize_group
 from .store import Provenance, Store, StoreWriter
-from .streaming import MEMORY, StreamedModel, torch_device
+from .streaming import StreamedModel, torch_device
 from .ternary import TernaryExpert, TernaryMatrix
 from .text import TokenWindows, read_windows
 
-SCRATCH = "scratch.h5"
+SCRATCH = "scratch-{:05d}.h5"
 
 
 class StreamedExperts:
@@ -44,6 +45,8 @@ class StreamedExperts:
         Where activations lie.
     stage : int, optional
         Go on at this layer of the model, whose activations are there already.
+    ranks : Ranks, optional
+        Each runs a part of the text, and has some of each layer's experts.
     """
 
     def __init__(
@@ -55,13 +58,15 @@ class StreamedExperts:
         hessian: HessianOptions,
         folder: Path,
         stage: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self._checkpoint = checkpoint
         self._layers = layers
         self._stream = stream
         self._hessian = hessian
         self._folder = folder
-        self._model = StreamedModel(checkpoint, layers, windows, stream, folder)
+        self._model = StreamedModel(checkpoint, layers, windows, stream, folder, self._ranks)
         self._durable = self._stage = stage or 0
         if stage is None:
             self._model.begin()
@@ -71,8 +76,8 @@ class StreamedExperts:
         """The layer of the model that comes next; its activations are on the disk."""
         return self._stage
 
-    def run(self, layer: LayerSpec, visitor: Visitor) -> Iterator[tuple[range, LayerRun]]:
-        """Show a layer's experts to `visitor`; yields each group when it is done.
+    def run(self, layer: LayerSpec, visitor: Visitor) -> Iterator[tuple[list[int], LayerRun]]:
+        """Show this rank's experts of a layer to `visitor`; yields each group when it is done.
 
         Layers without experts before it are run first. When the last group is done, and others layers of
         experts follow, the layer is run with what `visitor` has made of its experts.
@@ -81,12 +86,15 @@ class StreamedExperts:
         while self._stage < wanted:
             self._model.run_plain(self._stage)
             self._advance()
-        scratch_path = self._folder / SCRATCH
+        scratch_path = self._folder / SCRATCH.format(self._ranks.rank)
         with Activations(scratch_path, create=True) as scratch:
-            run = LayerRun(self._model, self._checkpoint, layer, self._hessian, self._stream.device, scratch)
+            run = LayerRun(
+                self._model, self._checkpoint, layer, self._hessian, self._stream.device, scratch, self._ranks
+            )
             for experts in run.groups(visitor):
                 yield experts, run
             if any(self._model.stage_of(other.prefix) > wanted for other in self._layers):
+                run.output()
                 self._model.run_with(layer.prefix, scratch)
         scratch_path.unlink()
         self._advance()
@@ -94,20 +102,17 @@ class StreamedExperts:
     def _advance(self) -> None:
         """The next layer's activations are complete; forget those before it that are not kept."""
         if self._stage > self._durable:
-            self._model.path(self._stage).unlink(missing_ok=True)
+            self._model.forget(self._stage)
         self._stage += 1
 
     def files(self) -> list[str]:
         """Names of the files that are needed to go on from here."""
-        if self._stage >= self._model.stages or not self._model.path(self._stage).exists():
-            return []
-        memory = self._folder / MEMORY
-        return [self._model.path(self._stage).name, *([memory.name] if memory.exists() else [])]
+        return self._model.files(self._stage)
 
     def keep_from_here(self) -> None:
         """A run can go on from here: forget the activations of all layers before."""
         for stage in range(self._durable, self._stage):
-            self._model.path(stage).unlink(missing_ok=True)
+            self._model.forget(stage)
         self._durable = self._stage
 
 
@@ -124,7 +129,7 @@ class TernarizingVisitor:
         self._settings = settings
         self.made: dict[tuple[int, str], TernaryMatrix] = {}
 
-    def wants(self, layer: LayerSpec, experts: range) -> list[int]:
+    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
         """All of them."""
         return list(experts)
 
@@ -164,14 +169,14 @@ class StreamedTernarizer:
         """The recipe's settings."""
         return self._settings.to_json()
 
-    def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
+    def layer(self, layer: LayerSpec) -> Iterator[tuple[int, TernaryExpert]]:
         """Ternarize a layer, group by group."""
         visitor = TernarizingVisitor(self._settings)
         for experts, run in self._experts.run(layer, visitor):
-            tokens = run.tokens
+            tokens = dict(zip(run.experts, run.tokens, strict=True))
             for expert in experts:
                 made = tuple(visitor.made.pop((expert, p.name)) for p in layer.projections)
-                yield TernaryExpert(made, tokens[expert])
+                yield expert, TernaryExpert(made, tokens[expert])
 
     def keep(self) -> tuple[dict[str, object], list[str]]:
         """What another run needs to go on after the last layer: JSON values, and names of files."""
@@ -199,7 +204,9 @@ class StoreTernarizer:
         checkpoint: SourceCheckpoint,
         options: CalibrationOptions,
         settings: RecipeSettings,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self._store = store
         self._checkpoint = checkpoint
         self._size = options.hessian.experts_per_batch
@@ -216,17 +223,19 @@ class StoreTernarizer:
         counts: list[int] = self._store.tokens(layer.prefix).tolist()
         return counts
 
-    def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
-        """Ternarize a layer, group by group."""
+    def layer(self, layer: LayerSpec) -> Iterator[tuple[int, TernaryExpert]]:
+        """Ternarize this rank's experts of a layer, group by group; they are neighbours."""
         tokens = self.tokens(layer)
-        for start in range(0, layer.experts, self._size):
-            experts = range(start, min(start + self._size, layer.experts))
+        own = self._ranks.share(layer.experts)
+        size = -(-self._size // self._ranks.size)
+        for start in range(own.start, own.stop, size):
+            experts = range(start, min(start + size, own.stop))
             made = [
                 ternarize_group(self.group(layer, projection, experts), self._settings)
                 for projection in layer.projections
             ]
             for place, expert in enumerate(experts):
-                yield TernaryExpert(tuple(matrices[place] for matrices in made), tokens[expert])
+                yield expert, TernaryExpert(tuple(matrices[place] for matrices in made), tokens[expert])
 
     def group(self, layer: LayerSpec, projection: Projection, experts: range) -> MatrixGroup:
         """The problem of ternarizing the same projection of some experts."""

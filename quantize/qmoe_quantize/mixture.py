@@ -21,13 +21,17 @@ from qmoe_format.container import LayerSpec, Projection
 
 from .activations import Activations
 from .checkpoint import SourceCheckpoint
+from .dispatch import Dispatch
 from .options import HessianOptions
 from .problem import MatrixGroup
+from .ranks import Ranks
 from .streaming import Routing, StreamedModel
 
 PRIOR_TOKENS = 512
 """Tokens of the layer, drawn at random, that stand in for those that an expert has not seen."""
 CHUNK_TOKENS = 4096
+MULTIPLICATIONS_PER_COLUMN, COLUMN_STEPS = 28, 40_000
+"""What a weight takes: so many multiplications for each column, and for its steps as long as so many more."""
 FEW_TOKENS = 16
 """How many tokens the sample counts for beside an expert's own, in means over its tokens."""
 
@@ -41,7 +45,7 @@ def give_back_memory() -> None:
 class Visitor(Protocol):
     """Sees the matrices of a layer, group by group."""
 
-    def wants(self, layer: LayerSpec, experts: range) -> list[int]:
+    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
         """Those of a group of experts whose matrices it wants to see; perhaps none."""
         ...
 
@@ -57,6 +61,7 @@ class _Selection:
     """The tokens of one expert, in rising order."""
 
     tokens: Tensor  # int64 [n]
+    places: Tensor  # int64 [n]: where their inputs lie
     gates: Tensor  # float32 [n]
     used: Tensor  # bool [n]: counted, and within the cap
     scale: float  # tokens that count for each one that is used
@@ -78,6 +83,13 @@ class LayerRun:
     device : str
     scratch : Activations
         Gets the layer's inputs as ``x`` and its output as ``y``.
+    ranks : Ranks
+        Each has some of the experts, and the output for its part of the text.
+
+    Attributes
+    ----------
+    experts : list of int
+        Those of this rank.
     """
 
     def __init__(
@@ -88,8 +100,10 @@ class LayerRun:
         options: HessianOptions,
         device: str,
         scratch: Activations,
+        ranks: Ranks,
     ) -> None:
         self.layer = layer
+        self._ranks = ranks
         self._checkpoint = checkpoint
         self._options = options
         self._device = torch.device(device)
@@ -101,37 +115,71 @@ class LayerRun:
             )
         self._gate, self._up, self._down = roles.get("gate"), roles["up"], roles["down"]
         self._activation: nn.Module = model.activation(layer.prefix)
-        routing = model.record(layer.prefix, scratch)
+        routing = model.record(layer.prefix, scratch, "x" if ranks.size == 1 else "own")
         self._stage = model.stage_of(layer.prefix)
         self.calibration_tokens = model.calibration_tokens(layer.prefix)
-        self._selections = self._select(routing)
         self._token_count = len(routing.index)
-        self._sample, self._sample_gate = self._draw_sample(routing)
-        scratch.make("y", (self._token_count, self._down.rows), torch.float32, zero=True)
+        counts = torch.bincount(routing.index.flatten().long(), minlength=layer.experts + 1)[: layer.experts]
+        drawn = self._draw_sample(routing)
+        parts = ranks.assign([self._cost(count) for count in counts.tolist()])
+        self.experts = parts[ranks.rank]
+        self._dispatch: Dispatch | None = None
+        self._present = torch.arange(self._token_count)
+        if ranks.size > 1:
+            owner = torch.empty(layer.experts, dtype=torch.int64)
+            for rank, part in enumerate(parts):
+                owner[part] = rank
+            self._dispatch = Dispatch(
+                ranks,
+                routing.index,
+                owner,
+                model.bounds(layer.prefix),
+                self._up.columns,
+                drawn,
+                scratch.path.parent,
+            )
+            self._present = self._dispatch.tokens
+            scratch.make("x", (len(self._present), self._up.columns), model.dtype)
+            self._dispatch.send_inputs(scratch, "own", scratch, "x")
+        else:
+            scratch.make("y", (self._token_count, self._down.rows), torch.float32, zero=True)
+        self._selections = self._select(routing, counts)
+        rows = [scratch.read("x", at, at + 1) for at in torch.searchsorted(self._present, drawn).tolist()]
+        self._sample = torch.cat(rows).float().to(self._device)
+        weights = routing.weight[routing.counted][routing.index[routing.counted] < layer.experts]
+        self._sample_gate = float(weights.square().mean()) if len(weights) else 1.0
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens that each expert is calibrated on."""
-        return [int(selection.used.sum()) for selection in self._selections]
+        """Tokens that each of :attr:`experts` is calibrated on."""
+        return [int(selection.used.sum()) for selection in self._selections.values()]
 
     @property
     def gate_weights(self) -> list[float]:
         """Mean router weight of those tokens; 0 where there are none."""
-        return [float(s.gates[s.used].mean()) if s.used.any() else 0.0 for s in self._selections]
+        return [float(s.gates[s.used].mean()) if s.used.any() else 0.0 for s in self._selections.values()]
+
+    def _cost(self, tokens: int) -> float:
+        """How long an expert that so many tokens reach takes, in multiplications; only to balance ranks."""
+        cost = 0.0
+        for p in self.layer.projections:
+            cost += p.rows * p.columns * (MULTIPLICATIONS_PER_COLUMN * p.columns + COLUMN_STEPS)
+            cost += tokens * p.columns * (p.columns + p.rows)
+        return cost
 
     def _generator(self, number: int) -> torch.Generator:
         # torch uses 32 bits of a seed on the CPU; a digest puts all that matters into them.
         key = f"{self._options.seed} {self._stage} {number}".encode()
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:4]))
 
-    def _select(self, routing: Routing) -> list[_Selection]:
+    def _select(self, routing: Routing, counts: Tensor) -> dict[int, _Selection]:
         choices = routing.index.shape[1]
         experts = routing.index.flatten().long()
         order = torch.argsort(experts, stable=True)
-        counts = torch.bincount(experts, minlength=self.layer.experts + 1)[: self.layer.experts]
-        selections = []
+        selections = {}
         ends = counts.cumsum(0).tolist()
-        for expert, (end, count) in enumerate(zip(ends, counts.tolist(), strict=True)):
+        for expert in self.experts:
+            end, count = ends[expert], int(counts[expert])
             pairs = order[end - count : end]
             tokens = pairs // choices
             used = routing.counted[tokens].clone()
@@ -142,45 +190,50 @@ class LayerRun:
                 used[:] = False
                 used[places] = True
                 scale = wanted / cap
-            selections.append(_Selection(tokens, routing.weight.flatten()[pairs], used, scale))
+            places = torch.searchsorted(self._present, tokens)
+            selections[expert] = _Selection(tokens, places, routing.weight.flatten()[pairs], used, scale)
         return selections
 
-    def _draw_sample(self, routing: Routing) -> tuple[Tensor, float]:
-        """Inputs of some tokens [S, C], and the mean square of the weights that experts are given."""
+    def _draw_sample(self, routing: Routing) -> Tensor:
+        """Some tokens that stand for all, rising."""
         counted = routing.counted.nonzero().flatten()
         drawn = counted[torch.randperm(len(counted), generator=self._generator(0))[:PRIOR_TOKENS]]
-        drawn = drawn.sort().values
-        rows = [self._scratch.read("x", token, token + 1) for token in drawn.tolist()]
-        weights = routing.weight[routing.counted][routing.index[routing.counted] < self.layer.experts]
-        mean = float(weights.square().mean()) if len(weights) else 1.0
-        return torch.cat(rows).float().to(self._device), mean
+        return drawn.sort().values
 
     # ---- groups ---------------------------------------------------------------------------------------
 
-    def groups(self, visitor: Visitor) -> Iterator[range]:
+    def groups(self, visitor: Visitor) -> Iterator[list[int]]:
         """Let `visitor` see all groups of experts, and sum up what they give; yields each group when done."""
-        size = self._options.experts_per_batch
-        for start in range(0, self.layer.experts, size):
-            experts = range(start, min(start + size, self.layer.experts))
+        # So many are in memory at once on all ranks together
+        size = -(-self._options.experts_per_batch // self._ranks.size)
+        for start in range(0, len(self.experts), size):
+            experts = self.experts[start : start + size]
             self._run_group(experts, visitor)
             give_back_memory()
             yield experts
 
-    def _weights(self, projection: Projection, experts: range) -> Tensor:
+    def output(self) -> None:
+        """When all groups are done: have the layer's output for this rank's part of the text in ``y``."""
+        if self._dispatch is not None:
+            first, last = self._dispatch.own
+            self._scratch.make("y", (last - first, self._down.rows), torch.float32)
+            self._dispatch.combine(self._scratch, "y")
+
+    def _weights(self, projection: Projection, experts: Sequence[int]) -> Tensor:
         """Matrices of some experts as float32 [E, R, C]."""
         stacked = torch.empty(len(experts), projection.rows, projection.columns)
         for place, expert in enumerate(experts):
             stacked[place] = torch.from_numpy(self._checkpoint.weight(projection.tensor_name(expert)))
         return stacked.to(self._device)
 
-    def _run_group(self, experts: range, visitor: Visitor) -> None:
+    def _run_group(self, experts: Sequence[int], visitor: Visitor) -> None:
         gate = self._weights(self._gate, experts) if self._gate else None
         up, down = self._weights(self._up, experts), self._weights(self._down, experts)
         wanted = visitor.wants(self.layer, experts)
         if len(wanted) == len(experts):
             gate, up, down = self._see(wanted, visitor, gate, up, down)
         elif wanted:
-            inside = [expert - experts.start for expert in wanted]
+            inside = [experts.index(expert) for expert in wanted]
             seen = self._see(
                 wanted, visitor, gate[inside] if gate is not None else None, up[inside], down[inside]
             )
@@ -231,18 +284,19 @@ class LayerRun:
         """Chunks with tokens of some experts: start, stop, (place, rows in the chunk, gates) of each, x."""
         for start in range(0, self._token_count, CHUNK_TOKENS):
             stop = min(start + CHUNK_TOKENS, self._token_count)
+            first, last = torch.searchsorted(self._present, torch.tensor([start, stop])).tolist()
             parts = []
             for place, expert in enumerate(experts):
                 selection = self._selections[expert]
                 inside = selection.within(start, stop)
-                tokens, gates = selection.tokens[inside] - start, selection.gates[inside]
+                tokens, gates = selection.places[inside] - first, selection.gates[inside]
                 if used:
                     kept = selection.used[inside]
                     tokens, gates = tokens[kept], gates[kept]
                 if len(tokens):
                     parts.append((place, tokens.to(self._device), gates.to(self._device)))
             if parts:
-                yield start, stop, parts, self._scratch.read("x", start, stop).to(self._device).float()
+                yield start, stop, parts, self._scratch.read("x", first, last).to(self._device).float()
 
     def _factors(self, gates: Tensor) -> Tensor:
         """What each token is multiplied with in a Hessian."""
@@ -318,14 +372,20 @@ class LayerRun:
             prior[place] = hidden.T @ hidden * (gates[place] / max(1, len(self._sample)))
         return hessian, prior
 
-    def _put_output(self, experts: range, gate: Tensor | None, up: Tensor, down: Tensor) -> None:
-        """Add what a group gives to the layer's output."""
+    def _put_output(self, experts: Sequence[int], gate: Tensor | None, up: Tensor, down: Tensor) -> None:
+        """Add what a group gives to the layer's output, or keep it for the ranks that have the tokens."""
         for start, stop, parts, x in self._chunks(experts, used=False):
-            y = self._scratch.read("y", start, stop).to(self._device)
+            y = self._scratch.read("y", start, stop).to(self._device) if self._dispatch is None else None
             for place, tokens, gates in parts:
                 hidden = self._hidden(_one(gate, place), up[place], x[tokens])
-                y.index_add_(0, tokens, (hidden @ down[place].T) * gates[:, None])
-            self._scratch.write("y", start, y)
+                values = (hidden @ down[place].T) * gates[:, None]
+                if y is not None:
+                    y.index_add_(0, tokens, values)
+                elif self._dispatch is not None:
+                    expert = experts[place]
+                    self._dispatch.put(expert, self._selections[expert].within(start, stop), values)
+            if y is not None:
+                self._scratch.write("y", start, y)
 
 
 def _one(stacked: Tensor | None, place: int) -> Tensor | None:

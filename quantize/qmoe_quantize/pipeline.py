@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections import deque
@@ -22,14 +23,16 @@ from qmoe_format.container import LayerSpec
 from qmoe_format.paths import refuse_overlap
 from qmoe_format.reader import open_model
 from qmoe_format.resume import Resume
-from qmoe_format.writer import PackedModelWriter
+from qmoe_format.writer import PackedModelWriter, WrittenLayer, shard_name
 
 from .checkpoint import SourceCheckpoint, locate
 from .config import ModelConfig
 from .families import TensorTable, find_layers
 from .nearest import LEVEL_RULES, squared_error, ternarize
 from .options import CalibrationOptions
+from .ranks import Ranks
 from .shapes import tensors_of
+from .shards import EncodedExpert, Follower, versions, write_together
 from .ternary import TernaryExpert, TernaryMatrix
 from .text import TokenWindows, read_windows
 
@@ -150,8 +153,8 @@ class Ternarizer(Protocol):
         """What `quantization_config.recipe` shall say (spec 6.3)."""
         ...
 
-    def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
-        """The experts of `layer`, in order, one after the other so that few are in memory at once."""
+    def layer(self, layer: LayerSpec) -> Iterator[tuple[int, TernaryExpert]]:
+        """The experts of `layer` that are this rank's, in order, so that few are in memory at once."""
         ...
 
     def keep(self) -> tuple[dict[str, object], list[str]]:
@@ -174,6 +177,8 @@ class NearestTernarizer:
         As for :func:`qmoe_quantize.nearest.ternarize`.
     threads : int
         Experts that are ternarized at once.
+    ranks : Ranks, optional
+        Each has some of the experts.
     """
 
     def __init__(
@@ -182,7 +187,9 @@ class NearestTernarizer:
         levels: str = "minmax",
         level_format: str = "bfloat16",
         threads: int = 1,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self._weights = weights
         self._levels = levels
         self._level_format = level_format
@@ -200,17 +207,18 @@ class NearestTernarizer:
     def kept(self) -> None:
         """Nothing to forget."""
 
-    def layer(self, layer: LayerSpec) -> Iterator[TernaryExpert]:
+    def layer(self, layer: LayerSpec) -> Iterator[tuple[int, TernaryExpert]]:
         """Ternarize each expert by itself, some of them ahead of the one that is asked for."""
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ternarize")
-        coming: deque[Future[TernaryExpert]] = deque()
+        coming: deque[tuple[int, Future[TernaryExpert]]] = deque()
         try:
-            for number in range(layer.experts):
-                coming.append(pool.submit(self._expert, layer, number))
+            for number in self._ranks.share(layer.experts):
+                coming.append((number, pool.submit(self._expert, layer, number)))
                 if len(coming) > self._threads:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+                    first, made = coming.popleft()
+                    yield first, made.result()
+            for first, made in coming:
+                yield first, made.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -292,6 +300,7 @@ def pack(
     progress: Progress | None = None,
     searching: Progress | None = None,
     curves: Sequence[RateCurve] | None = None,
+    ranks: Ranks | None = None,
 ) -> PackSummary:
     """Pack a Mixture-of-Experts checkpoint.
 
@@ -313,6 +322,9 @@ def pack(
         many there are.
     curves : sequence of RateCurve, optional
         What :func:`rate_curves` gave for the same source, calibration and recipe, so as not to do it again.
+    ranks : Ranks, optional
+        The processes that do it together: each calls this, with the same arguments, and sees `source` and
+        `out`. Rank 0 alone gets the whole summary.
 
     Raises
     ------
@@ -323,18 +335,28 @@ def pack(
     CheckpointError, FormatError
         The source is incomplete, damaged, or holds weights that are not numbers.
     """
+    ranks = ranks or Ranks()
     path = locate(source)
     refuse_overlap(path, out)
     checkpoint = SourceCheckpoint(path)
     layers = expert_layers(checkpoint.config, checkpoint.tensors)
-    run = _Run(checkpoint, layers, options, progress, searching, curves)
+    run = _Run(checkpoint, layers, options, progress, searching, curves, ranks)
     with contextlib.ExitStack() as stack:
         evidence = _Evidence.gather(checkpoint, layers, options, stack)
+        head = evidence.head(checkpoint, options) if evidence is not None else {}
+        _check_alike(ranks, checkpoint, layers, options, head)
+        if ranks.rank:
+            with Follower(ranks) as follower:
+                run.follow(follower, evidence)
+            return run.summary
         resume = None
         if evidence is not None:
-            resume = Resume(evidence.head(checkpoint, options), go_on=options.resume, discard=options.force)
+            resume = Resume(head, go_on=options.resume, discard=options.force)
         try:
-            with PackedModelWriter(out, force=options.force, resume=resume) as writer:
+            with (
+                PackedModelWriter(out, force=options.force, resume=resume) as writer,
+                ranks.ending(),
+            ):
                 run.pack(writer, evidence, resume)
         except (QMoEError, KeyboardInterrupt) as error:
             if resume is not None and resume.layers:
@@ -350,6 +372,34 @@ def pack(
             for layer in map(model.layer, model.layers)
         )
     return run.summary
+
+
+def _check_alike(
+    ranks: Ranks,
+    checkpoint: SourceCheckpoint,
+    layers: list[LayerSpec],
+    options: PackOptions,
+    head: dict[str, object],
+) -> None:
+    """Refuse ranks that would not do the same, or more of them than there are experts to share."""
+    least = min((layer.experts for layer in layers), default=ranks.size)
+    if ranks.size > least:
+        raise ArgumentError(
+            "more ranks than experts of a layer",
+            field="WORLD_SIZE",
+            value=ranks.size,
+            expected=f"at most {least}",
+        )
+    if ranks.size > 1:
+        tensors = repr([(name, t.dtype, t.shape) for name, t in sorted(checkpoint.tensors.items())])
+        ranks.check_alike(
+            {
+                **versions(calibrated=options.calibration is not None),
+                "source": hashlib.sha256(tensors.encode()).hexdigest(),
+                "settings": repr(replace(options, threads=None)),
+                **head,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -406,12 +456,13 @@ class _Evidence:
         windows: TokenWindows,
         folder: Path,
         stage: int | None = None,
+        ranks: Ranks | None = None,
     ) -> StreamedExperts:
         """The model with some text going through it, whose activations lie in `folder`."""
         from .calibrated import StreamedExperts
 
         stream, hessian = self.options.stream, self.options.hessian
-        return StreamedExperts(checkpoint, layers, windows, stream, hessian, folder, stage)
+        return StreamedExperts(checkpoint, layers, windows, stream, hessian, folder, stage, ranks)
 
     def search(
         self,
@@ -519,7 +570,9 @@ class _Run:
         progress: Progress | None,
         searching: Progress | None,
         curves: Sequence[RateCurve] | None,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._checkpoint = checkpoint
         self._layers = layers
         self._options = options
@@ -533,11 +586,16 @@ class _Run:
     def pack(self, writer: PackedModelWriter, evidence: _Evidence | None, resume: Resume | None) -> None:
         """Write everything."""
         stage = self._go_on(resume) if resume else None
-        ternarizer = self._ternarizer(evidence, writer, stage)
+        first = len(resume.layers) if resume else 0
+        if self._ranks.size > 1:
+            lam = self._recipe.lam if self._recipe else 0.0
+            self._ranks.gather([str(writer.folder), writer.share(), first, stage, lam])
+            self._ranks.gather(None)
+        ternarizer = self._ternarizer(evidence, writer.folder, stage)
         for file in self._checkpoint.other_files:
             writer.add_file(file)
-        for layer in self._layers[len(resume.layers) if resume else 0 :]:
-            self._add_layer(writer, ternarizer, layer)
+        for number, layer in enumerate(self._layers[first:], first):
+            self._add_layer(writer, ternarizer, layer, number)
             if resume is not None:
                 working, files = ternarizer.keep()
                 summary = asdict(self.summary)
@@ -549,10 +607,26 @@ class _Run:
                     "matrices": matrices,
                 }
                 writer.keep_layer({**working, **kept}, files)
+                self._ranks.gather(None)  # from here on the others may forget what came before
                 ternarizer.kept()
         for name in dense_tensors(self._checkpoint.tensors, self._layers):
             self.add_dense(writer, name)
         writer.finish(dict(self._checkpoint.config.values), ternarizer.recipe)
+
+    def follow(self, follower: Follower, evidence: _Evidence | None) -> None:
+        """What every rank but the first does of :meth:`pack`."""
+        folder, mark, first, stage, lam = self._ranks.gather(None)[0]
+        follower.enter(Path(folder), mark)
+        self._ranks.gather(None)
+        if self._recipe is not None and first:
+            self._recipe = replace(self._recipe, lam=lam)
+        self.summary.layers = first
+        ternarizer = self._ternarizer(evidence, Path(folder), stage)
+        for number, layer in enumerate(self._layers[first:], first):
+            self._add_layer_together(Path(folder) / shard_name(number + 1), ternarizer, layer, number)
+            if evidence is not None:
+                self._ranks.gather(None)
+                ternarizer.kept()
 
     def _go_on(self, resume: Resume) -> int | None:
         """Take up what an interrupted run has done; gives the layer of the model that comes next."""
@@ -573,67 +647,109 @@ class _Run:
                 expected="--force to begin anew",
             ) from error
 
-    def _ternarizer(
-        self, evidence: _Evidence | None, writer: PackedModelWriter, stage: int | None
-    ) -> Ternarizer:
+    def _ternarizer(self, evidence: _Evidence | None, folder: Path, stage: int | None) -> Ternarizer:
         options = self._options
         if evidence is None:
             return NearestTernarizer(
-                self._checkpoint.weight, options.levels, options.level_format, options.thread_count
+                self._checkpoint.weight,
+                options.levels,
+                options.level_format,
+                options.thread_count,
+                self._ranks,
             )
         from .calibrated import StoreTernarizer, StreamedTernarizer
 
         recipe = self._recipe
         assert recipe is not None
         if options.target_bits is not None and not self.summary.layers:
-            search = evidence.search(self._checkpoint, self._layers, recipe, writer.folder, self._searching)
-            lam = search.find(options.target_bits, self._curves or search.first_look())
-            self._recipe = recipe = replace(recipe, lam=lam)
+            lam = 0.0
+            if self._ranks.rank == 0:  # the others wait
+                search = evidence.search(self._checkpoint, self._layers, recipe, folder, self._searching)
+                lam = search.find(options.target_bits, self._curves or search.first_look())
+            self._recipe = recipe = replace(recipe, lam=self._ranks.gather(lam)[0])
         if evidence.store is not None:
-            return StoreTernarizer(evidence.store, self._checkpoint, evidence.options, recipe)
+            return StoreTernarizer(evidence.store, self._checkpoint, evidence.options, recipe, self._ranks)
         assert evidence.windows is not None
-        stream = evidence.stream(self._checkpoint, self._layers, evidence.windows, writer.folder, stage)
+        stream = evidence.stream(self._checkpoint, self._layers, evidence.windows, folder, stage, self._ranks)
         return StreamedTernarizer(stream, recipe)
 
-    def _add_layer(self, writer: PackedModelWriter, ternarizer: Ternarizer, layer: LayerSpec) -> None:
-        dictionaries = DictionarySet(layer.experts * sum(p.rows * p.columns for p in layer.projections))
-        writer.add_layer(layer, self._records(ternarizer, layer, dictionaries), dictionaries)
+    def _add_layer(
+        self, writer: PackedModelWriter, ternarizer: Ternarizer, layer: LayerSpec, number: int
+    ) -> None:
+        if self._ranks.size > 1:
+            written, experts = self._add_layer_together(writer.next_shard, ternarizer, layer, number)
+            writer.adopt_layer(layer, written)
+            for expert in experts:
+                self._count(layer, expert)
+        else:
+            dictionaries = _dictionaries(layer)
+            writer.add_layer(layer, self._records(ternarizer, layer, dictionaries), dictionaries)
         self.summary.layers += 1
+
+    def _add_layer_together(
+        self, path: Path, ternarizer: Ternarizer, layer: LayerSpec, number: int
+    ) -> tuple[WrittenLayer, list[EncodedExpert]]:
+        dictionaries = _dictionaries(layer)
+        mine = []
+        before = self._done
+        for expert, ternary in ternarizer.layer(layer):
+            mine.append(self._encode(layer, expert, ternary, dictionaries))
+            if self._progress:  # the others are about as far
+                nbytes = self._source_bytes(layer, expert)
+                before += nbytes * self._ranks.size
+                self._progress(min(before, self.summary.source_bytes), self.summary.source_bytes)
+        return write_together(self._ranks, number % self._ranks.size, path, layer, mine, dictionaries)
 
     def _records(
         self, ternarizer: Ternarizer, layer: LayerSpec, dictionaries: DictionarySet
     ) -> Iterator[tuple[list[bytes], int]]:
+        for number, ternary in ternarizer.layer(layer):
+            expert = self._encode(layer, number, ternary, dictionaries)
+            yield expert.frames, expert.tokens
+            self._count(layer, expert)
+
+    def _encode(
+        self, layer: LayerSpec, number: int, expert: TernaryExpert, dictionaries: DictionarySet
+    ) -> EncodedExpert:
+        encoded = EncodedExpert(number, [], expert.tokens)
+        for projection, matrix in zip(layer.projections, expert.matrices, strict=True):
+            frame = dictionaries.encode(matrix.trits, matrix.levels, self._options.level_format)
+            encoded.frames.append(frame)
+            weights, zeros = matrix.trits.size, matrix.trits.size - int(np.count_nonzero(matrix.trits))
+            norm = matrix.squared_norm
+            line: dict[str, object] = {
+                "tensor": projection.tensor_name(number),
+                "layer": layer.prefix,
+                "expert": number,
+                "projection": projection.name,
+                "rows": projection.rows,
+                "columns": projection.columns,
+                "tokens": expert.tokens,
+                "sparsity": zeros / weights if weights else 0.0,
+                "bits": 8 * len(frame) / weights if weights else 0.0,
+                "relative_error": matrix.squared_error / norm if norm else 0.0,
+            }
+            sums = {"zeros": zeros, "squared_error": matrix.squared_error, "squared_norm": norm}
+            encoded.matrices.append({**sums, "line": {**matrix.report, **line}})
+        return encoded
+
+    def _count(self, layer: LayerSpec, expert: EncodedExpert) -> None:
+        """Add an expert to the summary; in the order of the experts, since sums are rounded."""
         summary = self.summary
-        for number, expert in enumerate(ternarizer.layer(layer)):
-            frames = []
-            for projection, matrix in zip(layer.projections, expert.matrices, strict=True):
-                frame = dictionaries.encode(matrix.trits, matrix.levels, self._options.level_format)
-                frames.append(frame)
-                weights, zeros = matrix.trits.size, matrix.trits.size - int(np.count_nonzero(matrix.trits))
-                summary.weights += weights
-                summary.zeros += zeros
-                summary.squared_error += matrix.squared_error
-                summary.squared_norm += matrix.squared_norm
-                norm = matrix.squared_norm
-                line: dict[str, object] = {
-                    "tensor": projection.tensor_name(number),
-                    "layer": layer.prefix,
-                    "expert": number,
-                    "projection": projection.name,
-                    "rows": projection.rows,
-                    "columns": projection.columns,
-                    "tokens": expert.tokens,
-                    "sparsity": zeros / weights if weights else 0.0,
-                    "bits": 8 * len(frame) / weights if weights else 0.0,
-                    "relative_error": matrix.squared_error / norm if norm else 0.0,
-                }
-                summary.matrices.append({**matrix.report, **line})
-            yield frames, expert.tokens
-            names = (projection.tensor_name(number) for projection in layer.projections)
-            nbytes = sum(self._checkpoint.tensors[name].nbytes for name in names)
-            summary.experts += 1
-            summary.expert_source_bytes += nbytes
-            self._advance(nbytes)
+        for projection, matrix in zip(layer.projections, expert.matrices, strict=True):
+            summary.weights += projection.rows * projection.columns
+            summary.zeros += matrix["zeros"]
+            summary.squared_error += matrix["squared_error"]
+            summary.squared_norm += matrix["squared_norm"]
+            summary.matrices.append(matrix["line"])
+        nbytes = self._source_bytes(layer, expert.number)
+        summary.experts += 1
+        summary.expert_source_bytes += nbytes
+        self._advance(nbytes)
+
+    def _source_bytes(self, layer: LayerSpec, expert: int) -> int:
+        names = (projection.tensor_name(expert) for projection in layer.projections)
+        return sum(self._checkpoint.tensors[name].nbytes for name in names)
 
     def add_dense(self, writer: PackedModelWriter, name: str) -> None:
         tensor = self._checkpoint.tensors[name]
@@ -651,3 +767,7 @@ class _Run:
         self._done += nbytes
         if self._progress:
             self._progress(self._done, self.summary.source_bytes)
+
+
+def _dictionaries(layer: LayerSpec) -> DictionarySet:
+    return DictionarySet(layer.experts * sum(p.rows * p.columns for p in layer.projections))

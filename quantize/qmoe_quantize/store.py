@@ -93,7 +93,7 @@ class StoreWriter:
             self._file.attrs["head"] = json.dumps(head, sort_keys=True)
         self._order: list[str] = []
 
-    def wants(self, layer: LayerSpec, experts: range) -> list[int]:
+    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
         """All of them."""
         return list(experts)
 

@@ -2,13 +2,14 @@
 
 The model is built without weights. The layers' other arguments (masks, positions, biases) do not depend on
 the text, so they are caught once, from a call in which every layer only notes what it is given. Hidden states
-lie on the disk between layers: ``activations-N.h5`` holds what layer N reads, and is never changed once it is
-complete, so that a run can go on from it.
+lie on the disk between layers: ``activations-N-….h5`` hold what layer N reads, and are never changed once
+they are complete, so that a run can go on from them. With several ranks each runs its part of the text.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,9 +31,11 @@ from qmoe_format.container import LayerSpec
 from .activations import Activations
 from .checkpoint import SourceCheckpoint
 from .options import StreamOptions
+from .parts import PartReader, part_path, parts_of
+from .ranks import Ranks
 from .text import TokenWindows
 
-MEMORY = "memory.h5"  # what an encoder gives to its decoder
+MEMORY = "memory"  # what an encoder gives to its decoder
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -104,6 +107,7 @@ class StreamedModel:
     options : StreamOptions
     folder : Path
         Where activations lie.
+    ranks : Ranks
 
     Raises
     ------
@@ -120,7 +124,9 @@ class StreamedModel:
         windows: TokenWindows,
         options: StreamOptions,
         folder: Path,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._checkpoint = checkpoint
         self._folder = folder
         self._device = torch_device(options.device)
@@ -131,6 +137,14 @@ class StreamedModel:
         self._recorders: dict[str, ExpertsRecorder] = {}
         places = self._put_recorders(layers)
         self._stacks = _stacks(self._model, checkpoint, windows)
+        batches = -(-len(windows.tokens) // self._batch)
+        if ranks.size > batches:
+            raise ArgumentError(
+                "more ranks than batches of windows",
+                field="WORLD_SIZE",
+                value=ranks.size,
+                expected=f"at most {batches}: fewer ranks, more --nsamples, or a smaller --batch-size",
+            )
         self._stages = [
             (stack, number) for stack in self._stacks for number in range(len(stack.layers))
         ]  # stage number -> layer
@@ -245,9 +259,62 @@ class StreamedModel:
         """Tokens that count among those that reach the layer of the experts `prefix`."""
         return int(self._stages[self._stage_of[prefix]][0].counted.sum())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self._dtype
+
     def path(self, stage: int) -> Path:
-        """The file of what a stage reads."""
-        return self._folder / f"activations-{stage:05d}.h5"
+        """The file of this rank's part of what a stage reads."""
+        return part_path(self._folder, _stage_name(stage), self._ranks.rank, self._ranks.size)
+
+    def forget(self, stage: int) -> None:
+        """Delete what a stage reads: this rank's part, and what another run left."""
+        name = _stage_name(stage)
+        self.path(stage).unlink(missing_ok=True)
+        if self._ranks.rank == 0:
+            own = self._names(name)
+            for path in parts_of(self._folder, name):
+                if path.name not in own:
+                    path.unlink(missing_ok=True)
+
+    def files(self, stage: int) -> list[str]:
+        """Names of the files of all ranks that are needed to go on at a stage."""
+        if stage >= self.stages or not self.path(stage).exists():
+            return []
+        if not self._memory_path.exists():
+            foreign = [path.name for path in parts_of(self._folder, MEMORY)]
+            return [*self._names(_stage_name(stage)), *foreign]
+        return [*self._names(_stage_name(stage)), *self._names(MEMORY)]
+
+    def _names(self, name: str) -> list[str]:
+        """Names of the files of all ranks."""
+        size = self._ranks.size
+        return [part_path(self._folder, name, rank, size).name for rank in range(size)]
+
+    def bounds(self, prefix: str) -> list[int]:
+        """First token of each rank's part among those that reach the experts `prefix`, and their number."""
+        return self._bounds(self._stages[self._stage_of[prefix]][0], self._ranks.size)
+
+    @property
+    def _memory_path(self) -> Path:
+        return part_path(self._folder, MEMORY, self._ranks.rank, self._ranks.size)
+
+    def _bounds(self, stack: _Stack, parts: int) -> list[int]:
+        """The first token of each of some parts of the text, which begin with a batch, and their number."""
+        count, length = stack.tokens.shape
+        batches = -(-count // self._batch)
+        return [min(count, batches * part // parts * self._batch) * length for part in range(parts + 1)]
+
+    def _first(self, stack: _Stack) -> int:
+        """The first token of this rank's part."""
+        return self._bounds(stack, self._ranks.size)[self._ranks.rank]
+
+    def _source(self, stage: int) -> PartReader:
+        stack = self._stages[stage][0]
+        return PartReader(
+            self._folder, _stage_name(stage), lambda parts: self._bounds(stack, parts), self._ranks
+        )
 
     def begin(self) -> None:
         """Write what the first layer reads."""
@@ -258,21 +325,24 @@ class StreamedModel:
         stack, number = self._stages[stage]
         with (
             self._loaded(stack.layer_name(number)),
-            Activations(self.path(stage), create=False) as source,
+            self._source(stage) as source,
             self._next(stage) as target,
         ):
             for start, stop in self._batches(stack):
                 self._put(stage, target, stack, start, self._forward(stage, source, start, stop))
         self._change_stack(stage)
 
-    def record(self, prefix: str, scratch: Activations) -> Routing:
-        """Run a layer up to its experts. Their inputs go to ``x`` in `scratch`: [tokens, columns]."""
+    def record(self, prefix: str, scratch: Activations, name: str) -> Routing:
+        """Run a layer up to its experts, and tell all ranks what they are asked for.
+
+        Their inputs go to `name` in `scratch`, [tokens, columns]: those of this rank's part of the text.
+        """
         stage = self._stage_of[prefix]
         stack, number = self._stages[stage]
         recorder = self._recorders[prefix]
         indices, weights = [], []
-        columns = 0
-        with self._loaded(stack.layer_name(number)), Activations(self.path(stage), create=False) as source:
+        columns, first = 0, self._first(stack)
+        with self._loaded(stack.layer_name(number)), self._source(stage) as source:
             for start, stop in self._batches(stack):
                 recorder.seen.clear()
                 self._forward(stage, source, start, stop)
@@ -284,25 +354,33 @@ class StreamedModel:
                 self._check_finite(x, prefix)
                 if not columns:
                     columns = x.shape[1]
-                    scratch.make("x", (stack.tokens.numel(), columns), self._dtype)
-                scratch.write("x", start * stack.tokens.shape[1], x)
+                    own = self._bounds(stack, self._ranks.size)[self._ranks.rank + 1] - first
+                    scratch.make(name, (own, columns), self._dtype)
+                scratch.write(name, start * stack.tokens.shape[1] - first, x)
                 indices.append(index.cpu())
                 weights.append(weight.cpu())
-        return Routing(torch.cat(indices), torch.cat(weights), stack.counted.flatten())
+        found = [torch.cat(indices), torch.cat(weights)]
+        if self._ranks.size > 1:
+            bounds = self._bounds(stack, self._ranks.size)
+            counts = [stop - start for start, stop in itertools.pairwise(bounds)]
+            found = [torch.cat(self._ranks.exchange([own] * self._ranks.size, counts)) for own in found]
+        return Routing(found[0], found[1], stack.counted.flatten())
 
     def run_with(self, prefix: str, scratch: Activations) -> None:
-        """Run the layer again; its experts give what lies in ``y`` in `scratch`."""
+        """Run the layer again; its experts give what lies in ``y`` in `scratch`: tokens of this rank."""
         stage = self._stage_of[prefix]
         stack, number = self._stages[stage]
-        recorder, length = self._recorders[prefix], stack.tokens.shape[1]
+        recorder, length, first = self._recorders[prefix], stack.tokens.shape[1], self._first(stack)
         with (
             self._loaded(stack.layer_name(number)),
-            Activations(self.path(stage), create=False) as source,
+            self._source(stage) as source,
             self._next(stage) as target,
         ):
             try:
                 for start, stop in self._batches(stack):
-                    recorder.answer = scratch.read("y", start * length, stop * length).to(self._device)
+                    recorder.answer = scratch.read("y", start * length - first, stop * length - first).to(
+                        self._device
+                    )
                     self._put(stage, target, stack, start, self._forward(stage, source, start, stop))
             finally:
                 recorder.answer = None
@@ -314,7 +392,7 @@ class StreamedModel:
         if number + 1 < len(stack.layers):
             return Activations(self.path(stage + 1), create=True)
         if stage + 1 < len(self._stages):
-            return Activations(self._folder / MEMORY, create=True)
+            return Activations(self._memory_path, create=True)
         return contextlib.nullcontext()
 
     def _put(self, stage: int, target: Activations | None, stack: _Stack, start: int, hidden: Tensor) -> None:
@@ -322,30 +400,33 @@ class StreamedModel:
         self._check_finite(hidden, place)
         if target is None:
             return
+        bounds = self._bounds(stack, self._ranks.size)
+        first, last = bounds[self._ranks.rank : self._ranks.rank + 2]
         if "hidden" not in target:
-            target.make("hidden", (stack.tokens.numel(), hidden.shape[-1]), self._dtype)
-        target.write("hidden", start * stack.tokens.shape[1], hidden.flatten(0, 1))
+            target.make("hidden", (last - first, hidden.shape[-1]), self._dtype)
+        target.write("hidden", start * stack.tokens.shape[1] - first, hidden.flatten(0, 1))
 
     def _change_stack(self, stage: int) -> None:
         """After the last layer of an encoder: what the decoder's first layer reads."""
         stack, number = self._stages[stage]
         if number + 1 == len(stack.layers) and stage + 1 < len(self._stages):
-            length = stack.tokens.shape[1]
+            length, first = stack.tokens.shape[1], self._first(stack)
             with (
                 self._loaded(*_ends(stack)),
-                Activations(self._folder / MEMORY, create=False, change=True) as memory,
+                Activations(self._memory_path, create=False, change=True) as memory,
             ):
                 for start, stop in self._batches(stack):
-                    hidden = memory.read("hidden", start * length, stop * length).to(self._device)
+                    at = start * length - first
+                    hidden = memory.read("hidden", at, stop * length - first).to(self._device)
                     with torch.inference_mode():
-                        memory.write("hidden", start * length, stack.module.final_layer_norm(hidden))
+                        memory.write("hidden", at, stack.module.final_layer_norm(hidden))
             self._embed(self._stages[stage + 1][0], stage + 1)
 
-    def _forward(self, stage: int, source: Activations, start: int, stop: int) -> Tensor:
+    def _forward(self, stage: int, source: PartReader, start: int, stop: int) -> Tensor:
         """One layer for windows [start, stop): [windows, length, columns]."""
         stack, number = self._stages[stage]
         length = stack.tokens.shape[1]
-        hidden = source.read("hidden", start * length, stop * length).to(self._device)
+        hidden = source.read(start * length, stop * length).to(self._device)
         hidden = hidden.reshape(stop - start, length, -1)
         self._prepare(stack, stop - start)
         arguments, named = stack.calls[stop - start][number]
@@ -360,9 +441,12 @@ class StreamedModel:
 
     def _memory(self, start: int, stop: int) -> Tensor:
         """What the encoder gave for windows [start, stop)."""
-        length = self._stacks[0].tokens.shape[1]
-        with Activations(self._folder / MEMORY, create=False) as memory:
-            rows = memory.read("hidden", start * length, stop * length)
+        stack = self._stacks[0]
+        length = stack.tokens.shape[1]
+        with PartReader(
+            self._folder, MEMORY, lambda parts: self._bounds(stack, parts), self._ranks
+        ) as memory:
+            rows = memory.read(start * length, stop * length)
         return rows.to(self._device).reshape(stop - start, length, -1)
 
     def _embed(self, stack: _Stack, stage: int) -> None:
@@ -417,8 +501,10 @@ class StreamedModel:
         return shared
 
     def _batches(self, stack: _Stack) -> list[tuple[int, int]]:
+        """Batches of windows of this rank's part; the same windows make a batch whoever runs it."""
         count = len(stack.tokens)
-        return [(start, min(start + self._batch, count)) for start in range(0, count, self._batch)]
+        batches = [(start, min(start + self._batch, count)) for start in range(0, count, self._batch)]
+        return [batches[number] for number in self._ranks.share(len(batches))]
 
     def _check_finite(self, values: Tensor, place: str) -> None:
         if not torch.isfinite(values).all():
@@ -429,6 +515,10 @@ class StreamedModel:
                 value=f"{int((~torch.isfinite(values)).sum())} of {values.numel()}",
                 expected="finite activations; in bfloat16 or with outliers try float32",
             )
+
+
+def _stage_name(stage: int) -> str:
+    return f"activations-{stage:05d}"
 
 
 class _Memory:

@@ -107,7 +107,7 @@ class _FirstLook(_Rates):
         super().__init__(layer, settings, FEWEST_ROWS, seed)
         self.experts = spread(layer.experts, FIRST_EXPERTS)
 
-    def wants(self, layer: LayerSpec, experts: range) -> list[int]:
+    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
         return [expert for expert in self.experts if expert in experts]
 
     def visit(
@@ -127,7 +127,7 @@ class _SecondLook(_Rates):
         self._step = -(-layer.experts // SAMPLED_EXPERTS)
         self._seen: dict[str, int] = {}
 
-    def wants(self, layer: LayerSpec, experts: range) -> list[int]:
+    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
         return list(experts)
 
     def visit(
