@@ -130,7 +130,7 @@ class QMoEExperts(torch.nn.Module):
         FormatError
             The packed bytes are not what the spec says.
         """
-        self._check(hidden_states, top_k_index, top_k_weights)
+        self.check_inputs(hidden_states, top_k_index, top_k_weights, self.num_experts)
         if hidden_states.is_cuda:
             return self._on_gpu(hidden_states, top_k_index, top_k_weights)
         # In NumPy, which stays on this thread: for few tokens, torch's threads take longer to meet than this.
@@ -191,7 +191,10 @@ class QMoEExperts(torch.nn.Module):
     def _packed_buffers(self) -> tuple[torch.Tensor, ...]:
         return (self.qmoe_store, self.qmoe_index, self.qmoe_dictionaries)
 
-    def _check(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+    def check_inputs(
+        self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int
+    ) -> None:
+        """What :meth:`forward` refuses, where a token may choose among so many experts."""
         prefix = self.layer.prefix
         place = hidden_states.device
         if self.cached is not None:
@@ -234,17 +237,13 @@ class QMoEExperts(torch.nn.Module):
                 expected=f"both [{hidden_states.shape[0]}, experts per token]",
             )
         # On a GPU a look at the index would wait for it; the kernels skip what is no expert's.
-        if (
-            place.type == "cpu"
-            and index.numel()
-            and not 0 <= int(index.min()) <= int(index.max()) <= self.num_experts
-        ):
+        if place.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) <= experts:
             raise ArgumentError(
                 "no such expert",
                 file=prefix,
                 field="top_k_index",
                 value=f"{int(index.min())} … {int(index.max())}",
-                expected=f"0 … {self.num_experts}",
+                expected=f"0 … {experts}",
             )
 
     def _layer(self) -> _ParsedLayer:

@@ -24,6 +24,7 @@ from qmoe_codec.errors import (
 from .container import DICTIONARIES, STORE, STORE_INDEX, ZSTD, LayerSpec, QuantizationConfig
 from .dense import decode_dense
 from .expert_cache import ExpertCache
+from .expert_parallel import ParallelExperts, parallel_layers
 from .reader import open_model
 from .torch import QMoEExperts
 
@@ -71,6 +72,7 @@ def load(
     policy: str = "lru",
     page_cache: bool = True,
     prefetch: bool = False,
+    expert_parallel: torch.distributed.ProcessGroup | None = None,
 ) -> transformers.PreTrainedModel:
     """Load a packed model; its experts stay packed and are computed by the C core.
 
@@ -88,6 +90,10 @@ def load(
         Leave the experts on disk and keep only as many in memory as fit these bytes, such as ``"4GiB"``, or
         this number of experts. `policy`, `page_cache` and `prefetch` are then those of :class:`ExpertCache`,
         which the model has as attribute ``expert_cache``, with counts in its ``stats``.
+    expert_parallel : ProcessGroup, optional
+        Spread the experts of each layer over the ranks of this group of torch.distributed. Each rank reads
+        and keeps its own, runs the rest of the model on its own tokens, and has to call the model as often as
+        the others do (``generate(..., synced_gpus=True)`` sees to that).
 
     Returns
     -------
@@ -105,6 +111,13 @@ def load(
         or left over, or `device` is not the CPU.
     """
     path = Path(path)
+    if expert_cache is not None and expert_parallel is not None:
+        raise UnsupportedModelError(
+            "experts are spread over ranks or cached, not both",
+            field="expert_cache, expert_parallel",
+            value=(expert_cache, "a group"),
+            expected="one of them",
+        )
     if expert_cache is not None and torch.device(device).type != "cpu":
         raise UnsupportedModelError(
             "experts in an expert cache compute on the CPU", field="device", value=device, expected="cpu"
@@ -126,7 +139,7 @@ def load(
                 prefetch=prefetch,
             )
             cache.require(_experts_per_token(path), path)
-        token = _CACHE.set(cache)
+        token, group_token = _CACHE.set(cache), _GROUP.set(expert_parallel)
         try:
             loaded: Any = model_class.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
         except QMoEError:
@@ -138,6 +151,9 @@ def load(
             raise UnsupportedModelError(_one_line(error), file=path) from error
         finally:
             _CACHE.reset(token)
+            _GROUP.reset(group_token)
+        for layer in parallel_layers(loaded[0]):
+            layer.hold(packed.layer(layer.layer.prefix), verify=verify)
     model: Any = loaded[0]
     found: dict[str, Any] = loaded[1]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -158,6 +174,7 @@ def load(
 
 
 _CACHE: ContextVar[ExpertCache | None] = ContextVar("qmoe_expert_cache", default=None)
+_GROUP: ContextVar[torch.distributed.ProcessGroup | None] = ContextVar("qmoe_expert_parallel", default=None)
 """What :func:`load` tells the quantizer, which transformers makes and calls."""
 
 
@@ -241,7 +258,9 @@ class QMoEQuantizer(HfQuantizer):
             # All its weights are loaded; to initialize them, Switch's block would reach into its experts
             block: Any = model.get_submodule(name.rpartition(".")[0])
             block._is_hf_initialized = True
-        if cache is not None:  # transformers reads no tensor that the model does not have
+        if (
+            cache is not None or _GROUP.get() is not None
+        ):  # transformers reads no tensor that the model does not have
             left = "|".join(re.escape(suffix) for suffix in (STORE, STORE_INDEX, DICTIONARIES))
             model._keys_to_ignore_on_load_unexpected = {*ignored, rf"({left})$"}
 
@@ -329,13 +348,15 @@ def module_name(model: transformers.PreTrainedModel, prefix: str, renamings: Ite
 
 def _packed_experts(
     module: torch.nn.Module, layer: LayerSpec, sizes: tuple[int, int], cache: ExpertCache | None
-) -> QMoEExperts:
+) -> QMoEExperts | ParallelExperts:
     """The packed module that computes what `module` computes."""
     store_bytes, dictionaries_bytes = sizes
     kind = _QMoESwitchExperts if is_switch(module) else QMoEExperts
     activation = experts_activation(module, layer)
     if cache is not None:
         return kind(layer, activation, cached=cache.layer(layer.prefix))
+    if (group := _GROUP.get()) is not None:
+        return (_ParallelSwitchExperts if is_switch(module) else ParallelExperts)(layer, activation, group)
     return kind(layer, activation, store_bytes=store_bytes, dictionaries_bytes=dictionaries_bytes)
 
 
@@ -412,9 +433,24 @@ class _QMoESwitchExperts(QMoEExperts):
         self, hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
     ) -> torch.Tensor:
         """Route tokens: hidden states [T, H], mask [T, 1, experts], weights [T, 1]."""
-        if self.training:
-            message = "packed experts have no dropout: call model.eval()"
-            raise UnsupportedModelError(message, file=self.layer.prefix)
-        routed = selected_experts.any(dim=-1)
-        index = torch.where(routed, selected_experts.argmax(dim=-1), self.num_experts)
+        index = _switch_index(self, selected_experts)
         return super().forward(hidden_states, index, routing_weights)
+
+
+class _ParallelSwitchExperts(ParallelExperts):
+    """The same over several ranks."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Route tokens: hidden states [T, H], mask [T, 1, experts], weights [T, 1]."""
+        index = _switch_index(self, selected_experts)
+        return super().forward(hidden_states, index, routing_weights)
+
+
+def _switch_index(module: QMoEExperts | ParallelExperts, mask: torch.Tensor) -> torch.Tensor:
+    """The expert of each token, and the number of experts where the mask has none: [T, 1]."""
+    if module.training:
+        message = "packed experts have no dropout: call model.eval()"
+        raise UnsupportedModelError(message, file=module.layer.prefix)
+    return torch.where(mask.any(dim=-1), mask.argmax(dim=-1), module.num_experts)

@@ -36,8 +36,17 @@ RULES = {
     "qmoe_format.torch": Rule(
         {*CONTAINER, "qmoe_format", "torch"}, {"qmoe_gpu_decode", "qmoe_gpu_decode.torch_ops"}
     ),
+    "qmoe_format.expert_parallel": Rule({*CONTAINER, "qmoe_format", "qmoe_format.torch", "torch"}),
     "qmoe_format.transformers": Rule(
-        {*CONTAINER, "qmoe_format", "qmoe_format.torch", "torch", "transformers"}, {"qmoe_gpu_decode"}
+        {
+            *CONTAINER,
+            "qmoe_format",
+            "qmoe_format.torch",
+            "qmoe_format.expert_parallel",
+            "torch",
+            "transformers",
+        },
+        {"qmoe_gpu_decode"},
     ),
     "qmoe_format.hdf5": Rule({*CONTAINER, "qmoe_format"}, {"h5py"}),
     "qmoe_quantize": Rule(

@@ -1,0 +1,279 @@
+"""Several processes pack one model: the same bytes, whoever dies, and one line where something is wrong."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("h5py")
+pytest.importorskip("transformers")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from qmoe_quantize.ranks import Ranks
+from rank_runs import KILLED_AT_COLLECTIVE, KILLED_AT_FLUSH, Outcome, RankRunner
+from test_calibration import lively_model, make_store, options, text_file
+
+import qmoe_format
+
+EXPERTS = 5
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[RankRunner]:
+    with RankRunner() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lively_model(tmp_path_factory.mktemp("models") / "source", num_experts=EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_file(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def pack_arguments(source: Path, out: Path, text: Path | None = None, *more: object) -> list[object]:
+    arguments: list[object] = ["pack", source, out, "--json"]
+    if text is not None:
+        arguments += ["--calib", text, "--nsamples", 21, "--seqlen", 16, "--batch-size", 2]
+        arguments += ["--experts-per-batch", 2]
+    return [*arguments, *more]
+
+
+def assert_alike(outcomes: list[Outcome], out: Path, expected: Path) -> None:
+    assert [(outcome.code, outcome.stderr) for outcome in outcomes] == [(0, "")] * len(outcomes)
+    assert [bool(outcome.stdout) for outcome in outcomes] == [True] + [False] * (len(outcomes) - 1)
+    assert digests(out) == digests(expected)
+    assert not out.with_name(out.name + ".partial").exists()
+
+
+def summary(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(text)
+    del values["seconds"]
+    return values
+
+
+@pytest.mark.parametrize("method", ["nearest", "qmoe", "rd", "target", "store", "switch"])
+def test_the_same_bytes(method: str, source: Path, text: Path, runner: RankRunner, tmp_path: Path) -> None:
+    """And the same summary, to the last bit of its sums."""
+    more: list[object] = {
+        "qmoe": ["--method", "qmoe", "--dense", "zstd"],
+        "rd": ["--lam", "1e-3"],
+        "target": ["--target-bpw", "1.6"],
+        "store": ["--method", "qmoe"],
+        "switch": ["--method", "qmoe"],
+    }.get(method, [])
+    model, calibration = source, None if method == "nearest" else text
+    if method == "switch":
+        model = lively_model(tmp_path / "switch", "switch_transformers")
+    if method == "target":
+        model = lively_model(
+            tmp_path / "wide", num_experts=4, hidden_size=64, intermediate_size=64, num_hidden_layers=1
+        )
+    if method == "store":
+        chosen = options(text, 21, 16).weighted(False)
+        calibration = make_store(source, tmp_path / "store.h5", chosen)
+    one = runner.run(1, pack_arguments(model, tmp_path / "one", calibration, *more))
+    assert_alike(one, tmp_path / "one", tmp_path / "one")
+    for size in (2, 4) if method == "qmoe" else (3,):
+        out = tmp_path / f"out{size}"
+        several = runner.run(size, pack_arguments(model, out, calibration, *more))
+        assert_alike(several, out, tmp_path / "one")
+        assert summary(several[0].stdout) == summary(one[0].stdout)
+    qmoe_format.verify(tmp_path / "one")
+
+
+# ---- ranks that die ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, text: Path, runner: RankRunner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    assert runner.run(1, pack_arguments(source, out, text, "--method", "qmoe"))[0].code == 0
+    return out
+
+
+def killed(
+    code: str, at: int, rank: int, source: Path, text: Path, out: Path, runner: RankRunner, size: int = 2
+) -> bool:
+    """Kill a rank at a point; whether it came to it. There is one line, from the first rank that lives."""
+    arguments = pack_arguments(source, out, text, "--method", "qmoe")
+    outcomes = runner.run(size, arguments, code={rank: code.format(at=at)})
+    if all(outcome.code == 0 for outcome in outcomes):
+        return False
+    assert not out.exists()
+    assert outcomes[rank].code == -9
+    speaker = min(set(range(size)) - {rank})
+    for number, outcome in enumerate(outcomes):
+        if number != rank:
+            assert outcome.code == 1
+            lines = outcome.stderr.splitlines()
+            assert len(lines) == (number == speaker), outcome.stderr
+            if lines:
+                assert lines[0].startswith(f"qmoe pack: error: rank {rank} on ")
+                assert " died" in lines[0]
+    return True
+
+
+@pytest.mark.parametrize(
+    ("code", "at", "rank", "after"),
+    [
+        (KILLED_AT_COLLECTIVE, 3, 1, 3),
+        (KILLED_AT_COLLECTIVE, 60, 1, 1),
+        (KILLED_AT_FLUSH, 11, 0, 4),
+    ],
+)
+def test_a_rank_dies(
+    code: str,
+    at: int,
+    rank: int,
+    after: int,
+    source: Path,
+    text: Path,
+    expected: Path,
+    runner: RankRunner,
+    tmp_path: Path,
+) -> None:
+    """The run ends with the rank's name, and goes on to the same bytes with another number of ranks."""
+    out = tmp_path / "out"
+    assert killed(code, at, rank, source, text, out, runner)
+    outcomes = runner.run(after, pack_arguments(source, out, text, "--method", "qmoe", "--resume"))
+    assert_alike(outcomes, out, expected)
+
+
+@pytest.mark.slow
+def test_a_rank_dies_at_many_moments(
+    source: Path, text: Path, expected: Path, runner: RankRunner, tmp_path: Path
+) -> None:
+    points = 0
+    for at in (5, 21, 37, 49, 58, 74, 91, 103):
+        out = tmp_path / f"out{at}"
+        rank = at % 3
+        if killed(KILLED_AT_COLLECTIVE, at, rank, source, text, out, runner, size=3):
+            points += 1
+        outcomes = runner.run(2, pack_arguments(source, out, text, "--method", "qmoe", "--resume", "--force"))
+        assert_alike(outcomes, out, expected)
+    assert points >= 6
+
+
+def test_an_interrupt(source: Path, text: Path, expected: Path, runner: RankRunner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = pack_arguments(source, out, text, "--method", "qmoe")
+    partial = out.with_name("out.partial")
+    outcomes = runner.run(2, arguments, interrupt=str(partial / "resume-00001.json"))
+    assert [outcome.code for outcome in outcomes] == [130, 130]
+    assert outcomes[0].stderr.startswith("qmoe pack: interrupted: ")
+    assert "layers are kept: --resume goes on from them" in outcomes[0].stderr
+    assert len(outcomes[0].stderr.splitlines()) == 1
+    assert outcomes[1].stderr == ""
+    assert_alike(runner.run(3, [*arguments, "--resume"]), out, expected)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def refusal(outcomes: list[Outcome], *codes: int) -> str:
+    """The one line that rank 0 says."""
+    assert [outcome.code for outcome in outcomes] == list(codes), [o.stderr for o in outcomes]
+    assert [len(outcome.stderr.splitlines()) for outcome in outcomes] == [1] + [0] * (len(codes) - 1)
+    return outcomes[0].stderr
+
+
+def test_ranks_that_differ(source: Path, text: Path, runner: RankRunner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    other_version = 'import importlib.metadata as m\nm.version = lambda name: "0.0.9"'
+    line = refusal(runner.run(2, pack_arguments(source, out), code={1: other_version}), 1, 1)
+    assert "rank 1 differs from rank 0" in line and "0.0.9" in line
+    arguments = pack_arguments(source, out, text, "--method", "qmoe")
+    others = [str(argument) for argument in [*arguments, "--damp", "0.3"]]
+    line = refusal(runner.run(2, arguments, own_arguments={1: others}), 1, 1)
+    assert "rank 1 differs from rank 0" in line and "settings" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_without_the_source(source: Path, runner: RankRunner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    others = [str(argument) for argument in pack_arguments(tmp_path / "nowhere", out)]
+    line = refusal(runner.run(2, pack_arguments(source, out), own_arguments={1: others}), 1, 1)
+    assert line.startswith("qmoe pack: error: rank 1: ") and "nowhere" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_without_the_output(source: Path, runner: RankRunner, tmp_path: Path) -> None:
+    """As if rank 1 had another directory of that name."""
+    code = "from qmoe_quantize import shards\nshards.MARKER = '.another'"
+    line = refusal(runner.run(2, pack_arguments(source, tmp_path / "out"), code={1: code}), 1, 1)
+    assert line.startswith("qmoe pack: error: rank 1: ") and "all ranks share" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_ranks_than_experts(source: Path, runner: RankRunner, tmp_path: Path) -> None:
+    size = EXPERTS + 1
+    line = refusal(runner.run(size, pack_arguments(source, tmp_path / "out")), *[2] * size)
+    assert "more ranks than experts" in line and "at most 5" in line
+
+
+def test_a_rank_that_never_joins(source: Path, runner: RankRunner, tmp_path: Path) -> None:
+    arguments = pack_arguments(source, tmp_path / "out", None, "--join-timeout", 1)
+    outcomes = runner.run(3, arguments, absent=[1])
+    assert [outcomes[rank].code for rank in (0, 2)] == [1, 1]
+    assert "rank 1 of 3 did not join within 1 s" in outcomes[0].stderr
+    assert len(outcomes[0].stderr.splitlines()) == 1
+    assert outcomes[2].stderr == ""
+
+
+def test_an_error_of_all_is_said_once(source: Path, runner: RankRunner, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    line = refusal(runner.run(2, pack_arguments(source, tmp_path / "out")), 2, 2)
+    assert "exists already" in line
+
+
+@pytest.mark.slow
+def test_torchrun(source: Path, text: Path, expected: Path, tmp_path: Path) -> None:
+    """The plain command of the README."""
+    out = tmp_path / "out"
+    arguments = [str(argument) for argument in pack_arguments(source, out, text, "--method", "qmoe")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "qmoe_format.cli",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert digests(out) == digests(expected)
+
+
+# ---- bookkeeping -------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1e9), max_size=60), st.integers(1, 9))
+def test_everything_is_assigned_once(costs: list[float], size: int) -> None:
+    ranks = Ranks()
+    ranks.size = size
+    parts = ranks.assign(costs)
+    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
+    loads = [sum(costs[index] for index in part) for part in parts]
+    # Graham's bound for the longest first
+    assert max(loads) <= 1.0001 * (sum(costs) / size + max(costs, default=0.0)) + 1e-6
+    shares = [ranks.share(len(costs), rank) for rank in range(size)]
+    assert [index for share in shares for index in share] == list(range(len(costs)))
