@@ -372,7 +372,12 @@ class PartialDirectory:
                 self.clear()
                 with os_errors(self.path):
                     os.unlink(self.path / MARKER)
-                    os.rmdir(self.path)
+                    try:
+                        os.rmdir(self.path)
+                    except OSError:
+                        # Another process of this run has not ended yet: let the next run know what this is
+                        (self.path / MARKER).touch()
+                        raise
             finally:
                 os.close(self._lock)
 

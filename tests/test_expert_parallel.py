@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from qmoe_codec.errors import ArgumentError, UnsupportedModelError
 from rank_runs import free_port
-from source_models import config_of, random_tensors, write_model
+from test_transformers import source
 
 import qmoe_format.transformers
 from qmoe_format.cli import main
@@ -29,7 +29,7 @@ from qmoe_format.expert_parallel import parallel_layers
 
 packed, port, out, size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 torch.manual_seed(0)
-texts = [torch.randint(1, 60, (2, 5 + 4 * rank)) for rank in range(size)]
+texts = [torch.randint(1, 40, (2, 5 + 4 * rank)) for rank in range(size)]
 
 def results(model, ids, **more):
     decoder = {"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {}
@@ -76,9 +76,8 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 
 @pytest.mark.parametrize(("model_type", "size"), [("olmoe", 2), ("switch_transformers", 3)])
 def test_as_one_process(model_type: str, size: int, tmp_path: Path) -> None:
-    config = config_of(model_type, dtype="float32")
-    source = write_model(tmp_path / "source", config, random_tensors(config))
-    assert main(["pack", str(source), str(tmp_path / "packed"), "--levels", "lsq", "--quiet"]) == 0
+    model = source(tmp_path / "source", model_type)
+    assert main(["pack", str(model), str(tmp_path / "packed"), "--levels", "lsq", "--quiet"]) == 0
     command = [sys.executable, "-c", RANK, tmp_path / "packed", free_port(), tmp_path, size]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
