@@ -66,7 +66,10 @@ def summary(text: str) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("method", ["nearest", "qmoe", "rd", "target", "store", "switch"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("target", "store", "switch")]
+
+
+@pytest.mark.parametrize("method", ["nearest", "qmoe", "rd", *SLOW])
 def test_the_same_bytes(method: str, source: Path, text: Path, runner: RankRunner, tmp_path: Path) -> None:
     """And the same summary, to the last bit of its sums."""
     more: list[object] = {
@@ -131,9 +134,9 @@ def killed(
 @pytest.mark.parametrize(
     ("code", "at", "rank", "after"),
     [
-        (KILLED_AT_COLLECTIVE, 3, 1, 3),
-        (KILLED_AT_COLLECTIVE, 60, 1, 1),
-        (KILLED_AT_FLUSH, 11, 0, 4),
+        pytest.param(KILLED_AT_COLLECTIVE, 3, 1, 3, marks=pytest.mark.slow),
+        (KILLED_AT_COLLECTIVE, 30, 1, 1),
+        pytest.param(KILLED_AT_FLUSH, 11, 0, 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_dies(
@@ -159,7 +162,7 @@ def test_a_rank_dies_at_many_moments(
     source: Path, text: Path, expected: Path, runner: RankRunner, tmp_path: Path
 ) -> None:
     points = 0
-    for at in (5, 21, 37, 49, 58, 74, 91, 103):
+    for at in (4, 9, 15, 21, 26, 32, 37, 43):
         out = tmp_path / f"out{at}"
         rank = at % 3
         if killed(KILLED_AT_COLLECTIVE, at, rank, source, text, out, runner, size=3):
@@ -195,11 +198,11 @@ def refusal(outcomes: list[Outcome], *codes: int) -> str:
 def test_ranks_that_differ(source: Path, text: Path, runner: RankRunner, tmp_path: Path) -> None:
     out = tmp_path / "out"
     other_version = 'import importlib.metadata as m\nm.version = lambda name: "0.0.9"'
-    line = refusal(runner.run(2, pack_arguments(source, out), code={1: other_version}), 1, 1)
+    line = refusal(runner.run(2, pack_arguments(source, out), code={1: other_version}), 2, 2)
     assert "rank 1 differs from rank 0" in line and "0.0.9" in line
     arguments = pack_arguments(source, out, text, "--method", "qmoe")
     others = [str(argument) for argument in [*arguments, "--damp", "0.3"]]
-    line = refusal(runner.run(2, arguments, own_arguments={1: others}), 1, 1)
+    line = refusal(runner.run(2, arguments, own_arguments={1: others}), 2, 2)
     assert "rank 1 differs from rank 0" in line and "settings" in line
     assert not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -242,6 +242,12 @@ class _DistributedRanks(Ranks):
         return self._dist.PrefixStore(f"qmoe/{attempt}", store)
 
     def _sign_in(self, timeout: float) -> list[str]:
+        try:
+            return self._await_all(timeout)
+        except RuntimeError as error:
+            raise RankError("rank 0 has ended", quiet=True) from error
+
+    def _await_all(self, timeout: float) -> list[str]:
         self._store.set(f"joined/{self.rank}", socket.gethostname())
         deadline = time.monotonic() + timeout
         missing = list(range(self.size))
@@ -306,12 +312,16 @@ class _DistributedRanks(Ranks):
 
     def _wait(self, work: Any) -> None:
         """Wait in Python, so that signals are heard, and a rank whose host is gone is noticed."""
-        pause, started, looked = 1e-4, time.monotonic(), 0.0
+        pause, started, asked, looked = 1e-4, time.monotonic(), time.monotonic(), 0.0
         pulses: dict[int, tuple[bytes, float]] = {}
         while not work.is_completed():
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
             now = time.monotonic()
+            if now - asked > 0.3:
+                asked = now
+                if self._store.check(["ended"]):
+                    raise _LostError("a rank has ended")
             if now - started > 5 and now - looked > 5:
                 looked = now
                 self._check_pulses(pulses, now)
@@ -342,10 +352,12 @@ class _DistributedRanks(Ranks):
         own = self._state_of(error)
         try:
             self._store.set(f"end/{self.rank}", json.dumps(own))
+            self._store.set("ended", "")
             states, dead = self._roll_call(own["kind"])
+            self._leave(states)
         except RuntimeError:
-            # Without the store there is nobody to ask.
-            states, dead = {}, []
+            # The store has gone, and with it who kept it: rank 0, or the launcher, who then ends all.
+            states, dead = {}, [0] if self.rank else []
         self._stop.set()
         self.settled = len(states) + len(dead) + 1 >= self.size
         speaker = min({self.rank, *(rank for rank in range(self.size) if rank not in dead)})
@@ -392,6 +404,15 @@ class _DistributedRanks(Ranks):
         waited = time.monotonic() - start > 2.5 * PULSE_SECONDS
         missing = set(range(self.size)) - states.keys() - {self.rank}
         return states, sorted(missing - alive) if waited else []
+
+    def _leave(self, others: Iterable[int]) -> None:
+        """Rank 0, who may keep the store, goes last of those that have ended."""
+        self._store.set(f"left/{self.rank}", "")
+        start = time.monotonic()
+        while self.rank == 0 and time.monotonic() - start < SETTLE_SECONDS:
+            if all(self._store.check([f"left/{rank}"]) for rank in others):
+                break
+            time.sleep(0.02)
 
     def _cause(
         self, own: Mapping[str, Any], states: Mapping[int, Mapping[str, Any]], dead: Sequence[int]
