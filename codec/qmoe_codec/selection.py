@@ -22,8 +22,8 @@ NONZERO_SHARES = tuple(2.0 ** (-step / 4) for step in range(3, 25))
 # The densest source that a width is of use for: wide codewords need long phrases, which have few non-zeros.
 DENSEST = {8: 1.0, 10: 0.6, 12: 0.3}
 
-# How many times its share of a dictionary's bytes a matrix is charged, as if so few matrices of a layer came to
-# use the same one: measured, fewer bytes in all than when the first to use one pays and the others do not.
+# How many times its share of a dictionary's bytes a matrix is charged, as if so few matrices of a layer came
+# to use the same one: measured, fewer bytes than when the first to use one pays and the others do not.
 SHARING = 8.0
 
 _GRID = np.linspace(-6.0, 9.0, 121)  # log-odds of a zero, where rates are tabulated
