@@ -195,7 +195,7 @@ def measure_rates(settings: RecipeSettings, device: str = "cpu") -> Rates:
     ternarize_group(problem((1, 16, 64), device), lively)  # loads libraries, starts threads
     rows = []
     for shape in REHEARSED:
-        rows.append((Work.of(*shape).parts, seconds_of(problem(shape, device), lively)))
+        rows.append((Work.of(*shape).parts, seconds_of(problem(shape, device), lively, 3)))
     return Rates(
         recipe=fit([parts for parts, _ in rows], [taken for _, taken in rows]),
         multiplication=_multiplication_seconds(device),
