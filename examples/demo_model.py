@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,6 @@ def split(text: bytes) -> tuple[bytes, bytes]:
 
 
 Inputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]
-Save = Callable[[PreTrainedModel], None]
 
 
 def olmoe(settings: Settings) -> OlmoeForCausalLM:
@@ -93,17 +92,25 @@ def optimize(
     text: bytes,
     length: int,
     inputs: Inputs,
-    save: Save | None = None,
-) -> None:
+    *,
+    slower: Mapping[str, float] | None = None,
+    state: Path | None = None,
+    seconds: float = math.inf,
+) -> bool:
     """Train on windows of `length` bytes from all over `text`; `inputs` makes the model's arguments of them.
 
-    `save` is called every five minutes.
+    Parameters that have a key of `slower` in their name learn at that share of the learning rate. After
+    `seconds` the training is left in `state`, from where another call goes on. Tells whether it is done.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        share = next((share for part, share in (slower or {}).items() if part in name), 1.0)
+        groups.setdefault((share, 0.1 if parameter.ndim > 1 else 0.0), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
+        [
+            {"params": parameters, "weight_decay": decay, "lr": share * settings.learning_rate}
+            for (share, decay), parameters in groups.items()
+        ],
         betas=(0.9, 0.95),
         fused=True,
     )
@@ -116,10 +123,25 @@ def optimize(
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(settings.seed)
     model.train()
-    smooth = math.log(256)
-    saved = time.monotonic()
-    with tqdm(range(settings.steps), desc="training", unit="step") as bar:
-        for _ in bar:
+    first, smooth = 0, math.log(256)
+    if state and state.exists():
+        known = torch.load(state, weights_only=True)
+        model.load_state_dict(known["model"])
+        optimizer.load_state_dict(known["optimizer"])
+        schedule.load_state_dict(known["schedule"])
+        generator.set_state(known["generator"])
+        torch.set_rng_state(known["noise"])
+        first, smooth = known["step"], known["smooth"]
+    end = time.monotonic() + seconds
+    with tqdm(range(first, settings.steps), desc="training", unit="step") as bar:
+        for step in bar:
+            if state and time.monotonic() > end:
+                known = {"step": step, "smooth": smooth, "noise": torch.get_rng_state()}
+                known |= {"model": model.state_dict(), "generator": generator.get_state()}
+                known |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                torch.save(known, state.with_suffix(".partial"))
+                os.replace(state.with_suffix(".partial"), state)
+                return False
             starts = torch.randint(len(data) - length + 1, (settings.batch, 1), generator=generator)
             tokens = data[starts + torch.arange(length)].long()
             output = model(**inputs(tokens), use_cache=False)
@@ -130,9 +152,7 @@ def optimize(
             schedule.step()
             smooth += 0.05 * (output.loss.item() - smooth)
             bar.set_postfix_str(f"{smooth / math.log(2):.2f} bits/byte")
-            if save and time.monotonic() - saved > 300:
-                save(model)
-                saved = time.monotonic()
+    return True
 
 
 Encode = Callable[[bytes], list[int]]

@@ -249,9 +249,11 @@ def test_parts_that_are_none(part: str) -> None:
 
 
 class Looking:
-    """A visitor that changes nothing and keeps what it sees."""
+    """A visitor that changes nothing, or what precedes the last projection, and keeps what it sees."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float | None = None) -> None:
+        self.corrects = factor is not None
+        self.factor = factor or 1.0
         self.groups: dict[str, MatrixGroup] = {}
 
     def wants(self, layer: Any, experts: range) -> list[int]:
@@ -260,7 +262,7 @@ class Looking:
     def visit(self, layer: Any, projection: Any, experts: list[int], group: MatrixGroup) -> torch.Tensor:
         for place, name in enumerate(group.names):
             self.groups[name] = group.select([place])
-        return group.weight
+        return group.weight if projection.role == "down" else self.factor * group.weight
 
 
 def windows_of(count: int = 6, length: int = 16) -> TokenWindows:
@@ -355,6 +357,33 @@ def test_down_sees_what_gate_and_up_give_and_row_weights_are_gradients(tmp_path:
             change = ((moved - hidden) @ down.T / step).double().square().sum(dim=1)
             expected = float((change * g.double().square()).sum() / g.double().square().sum())
             assert float(got[row]) == pytest.approx(expected, rel=0.1)
+
+
+def test_down_is_told_what_the_projections_before_it_have_lost(tmp_path: Path) -> None:
+    source = lively_model(tmp_path / "source", num_hidden_layers=1, num_experts=2, num_experts_per_tok=2)
+    checkpoint = SourceCheckpoint(source)
+    (layer,) = expert_layers(checkpoint.config, checkpoint.tensors)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    windows = windows_of(64)
+    streamed = StreamedExperts(checkpoint, [layer], windows, StreamOptions(), HessianOptions(), folder)
+    look = Looking(factor=0.5)
+    for _, run in streamed.run(layer, look):
+        x, sample = run._scratch.read("x", 0, windows.tokens.size), run._sample
+        selection = run._selections[1]
+    gate, up, _ = (torch.from_numpy(checkpoint.weight(p.tensor_name(1))) for p in layer.projections)
+    group = look.groups[layer.projections[2].tensor_name(1)]
+    assert look.groups[layer.projections[0].tensor_name(1)].drift is None
+    assert group.drift is not None and group.prior_drift is not None
+    squared_gates = torch.ones(len(sample)) * run.gate_weights[1] ** 2  # near the mean square
+    for inner, factors, got, rtol in (
+        (x[selection.tokens], selection.gates.square() / windows.tokens.size, group.drift[0], 1e-3),
+        (sample, squared_gates / len(sample), group.prior_drift[0], 0.3),
+    ):
+        given = torch.nn.functional.silu(inner @ gate.T) * (inner @ up.T)
+        left = torch.nn.functional.silu(inner @ gate.T / 2) * (inner @ up.T / 2)
+        expected = ((given - left) * factors[:, None]).T @ left
+        assert torch.allclose(got, expected, rtol=rtol, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("group_size", [1, 3, 16])

@@ -121,12 +121,14 @@ class TernarizingVisitor:
 
     Attributes
     ----------
+    corrects : bool
     made : dict of (int, str) to TernaryMatrix
         By expert and projection; whoever takes them removes them.
     """
 
     def __init__(self, settings: RecipeSettings) -> None:
         self._settings = settings
+        self.corrects = settings.method == "rd"
         self.made: dict[tuple[int, str], TernaryMatrix] = {}
 
     def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -43,7 +43,15 @@ def give_back_memory() -> None:
 
 
 class Visitor(Protocol):
-    """Sees the matrices of a layer, group by group."""
+    """Sees the matrices of a layer, group by group.
+
+    Attributes
+    ----------
+    corrects : bool
+        Whether the last projections are to make up for what has become of those before them.
+    """
+
+    corrects: bool
 
     def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
         """Those of a group of experts whose matrices it wants to see; perhaps none."""
@@ -248,15 +256,18 @@ class LayerRun:
         """Show the matrices of some experts; gives those to go on with."""
         hessian, gates, row_weights = self._input_statistics(experts, gate, up, down)
         prior = (self._sample.T @ self._sample / max(1, len(self._sample)))[None] * gates[:, None, None]
+        original = (gate, up) if visitor.corrects else None
         if self._gate and gate is not None:
             group = self._problem(self._gate, experts, gate, hessian, prior, row_weights[0])
             gate = visitor.visit(self.layer, self._gate, experts, group)
         group = self._problem(self._up, experts, up, hessian, prior, row_weights[1])
         up = visitor.visit(self.layer, self._up, experts, group)
         del group, hessian, prior
-        hessian, prior = self._hidden_statistics(experts, gate, up, gates)
+        sums, priors = self._hidden_statistics(experts, original, gate, up, gates)
         ones = torch.ones(len(experts), self._down.rows, device=self._device)
-        group = self._problem(self._down, experts, down, hessian, prior, ones)
+        group = self._problem(self._down, experts, down, sums[0], priors[0], ones)
+        if original:
+            group = replace(group, drift=sums[1], prior_drift=priors[1])
         return gate, up, visitor.visit(self.layer, self._down, experts, group)
 
     def _problem(
@@ -355,22 +366,47 @@ class LayerRun:
         return hessian, gates, (means[0], means[1])
 
     def _hidden_statistics(
-        self, experts: list[int], gate: Tensor | None, up: Tensor, gates: Tensor
+        self,
+        experts: list[int],
+        original: tuple[Tensor | None, Tensor] | None,
+        gate: Tensor | None,
+        up: Tensor,
+        gates: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Hessians and priors of what the last projections multiply with."""
+        """What the last projections multiply with: sums of :meth:`_moments` over tokens, and over the sample.
+
+        Both are [2, E, R, R]; without `original` [1, E, R, R].
+        """
         rows = self._up.rows
-        hessian = torch.zeros(len(experts), rows, rows, device=self._device)
+        sums = torch.zeros(2 if original else 1, len(experts), rows, rows, device=self._device)
         for _, _, parts, x in self._chunks(experts, used=True):
             for place, tokens, weights in parts:
-                hidden = self._hidden(_one(gate, place), up[place], x[tokens])
-                hidden = hidden * self._factors(weights)[:, None]
-                hessian[place] += hidden.T @ hidden
-        prior = torch.empty_like(hessian)
+                factors = self._factors(weights)
+                sums[:, place] += self._moments(place, original, gate, up, x[tokens], factors)
+        prior = torch.empty_like(sums)
+        ones = self._sample.new_ones(len(self._sample))
         for place, expert in enumerate(experts):
-            hessian[place] *= self._selections[expert].scale / self.calibration_tokens
-            hidden = self._hidden(_one(gate, place), up[place], self._sample)
-            prior[place] = hidden.T @ hidden * (gates[place] / max(1, len(self._sample)))
-        return hessian, prior
+            sums[:, place] *= self._selections[expert].scale / self.calibration_tokens
+            moments = self._moments(place, original, gate, up, self._sample, ones)
+            prior[:, place] = moments * (gates[place] / max(1, len(self._sample)))
+        return sums, prior
+
+    def _moments(
+        self,
+        place: int,
+        original: tuple[Tensor | None, Tensor] | None,
+        gate: Tensor | None,
+        up: Tensor,
+        x: Tensor,
+        factors: Tensor,
+    ) -> Tensor:
+        """Sums of h h^T and, if `original` is given, of (h' - h) h^T, h' being from it: [1 or 2, R, R]."""
+        hidden = self._hidden(_one(gate, place), up[place], x) * factors[:, None]
+        square = (hidden.T @ hidden)[None]
+        if original is None:
+            return square
+        lost = self._hidden(_one(original[0], place), original[1][place], x) * factors[:, None] - hidden
+        return torch.cat((square, (lost.T @ hidden)[None]))
 
     def _put_output(self, experts: Sequence[int], gate: Tensor | None, up: Tensor, down: Tensor) -> None:
         """Add what a group gives to the layer's output, or keep it for the ranks that have the tokens."""

@@ -35,6 +35,9 @@ class MatrixGroup:
     row_weight : Tensor
         float32 [E, R]: how a squared error in an output of this projection arrives in the layer's output; one
         for the last projection of an expert. An expert that saw few tokens takes it from the prior's, too.
+    drift, prior_drift : Tensor, optional
+        float32 [E, C, C]: as ``hessian`` and ``prior``, but of (x' - x) x^T, where x' is what the projection
+        would be given if the expert's other projections were not ternary. None where x' = x.
     """
 
     names: tuple[str, ...]
@@ -44,6 +47,8 @@ class MatrixGroup:
     tokens: torch.Tensor
     calibration_tokens: int
     row_weight: torch.Tensor
+    drift: torch.Tensor | None = None
+    prior_drift: torch.Tensor | None = None
 
     def select(self, experts: list[int]) -> MatrixGroup:
         """The group of some of the experts, by their indices."""
@@ -56,4 +61,6 @@ class MatrixGroup:
             tokens=self.tokens[experts],
             calibration_tokens=self.calibration_tokens,
             row_weight=self.row_weight[experts],
+            drift=None if self.drift is None else self.drift[experts],
+            prior_drift=None if self.prior_drift is None else self.prior_drift[experts],
         )

@@ -165,7 +165,8 @@ class Problem:
     group : MatrixGroup
     settings : RecipeSettings
     target : Target
-        The weights in the measure of the damped Hessian.
+        The weights that are to be approximated, in the measure of the damped Hessian: the group's own or, for
+        `rd`, those that make up best for what its inputs have lost.
     factor : Tensor
         float32 [E, C, C] of :func:`.gptq.inverse_factor`.
     fallbacks : dict
@@ -182,8 +183,9 @@ class Problem:
     def of(cls, group: MatrixGroup, settings: RecipeSettings) -> Problem:
         """Damp and factor the Hessians; `rd` adds the prior before."""
         hessian = group.hessian
+        share = settings.shrinkage / group.calibration_tokens
         if settings.method == "rd":
-            hessian = hessian + (settings.shrinkage / group.calibration_tokens) * group.prior
+            hessian = hessian + share * group.prior
         fallbacks: dict[int, str] = {}
         diagonal = torch.arange(hessian.shape[-1], device=hessian.device)
         scale = hessian[:, diagonal, diagonal].mean(dim=-1)
@@ -205,7 +207,13 @@ class Problem:
         normalized[:, diagonal, diagonal] += settings.damp
         damped = normalized * scale[:, None, None]
         factor = factor / scale.sqrt()[:, None, None]
-        return cls(group, settings, Target.of(group.weight, damped), factor, fallbacks)
+        weight = group.weight
+        if settings.method == "rd" and group.drift is not None and group.prior_drift is not None:
+            drift = group.drift + share * group.prior_drift
+            drift[sorted(fallbacks)] = 0.0
+            # argmin over V of the error of V x against W x': W E[x' x^T] E[x x^T]^-1
+            weight = weight + weight @ drift @ factor.transpose(1, 2) @ factor
+        return cls(group, settings, Target.of(weight, damped), factor, fallbacks)
 
 
 def _extremes(weight: Tensor) -> Tensor:
@@ -228,18 +236,18 @@ def _qmoe(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _rate_distortion(problem: Problem) -> tuple[Tensor, Tensor]:
     """Decisions that trade squared error against bits; of several starts, each row goes on from its best."""
-    group, settings, target = problem.group, problem.settings, problem.target
+    settings, target = problem.settings, problem.target
     # An output that never arrives is worth no bit.
-    price = settings.lam / group.row_weight.clamp_min(torch.finfo(torch.float32).tiny)
+    price = settings.lam / problem.group.row_weight.clamp_min(torch.finfo(torch.float32).tiny)
     price = price.clamp_max(torch.finfo(torch.float32).max)
-    deviation = group.weight.std(dim=-1, correction=0)
-    starts = [_extremes(group.weight)]
+    deviation = target.weight.std(dim=-1, correction=0)
+    starts = [_extremes(target.weight)]
     starts += [torch.stack((-scale * deviation, scale * deviation), dim=-1) for scale in STARTS]
     best_trits, best_levels, best_cost = None, None, None
     for levels in starts:
         levels = _rounded(levels, settings.level_format)
         bits = torch.full_like(price, FIRST_NONZERO_BITS)
-        trits = feedback(group.weight, problem.factor, levels, Penalty(price, bits))
+        trits = feedback(target.weight, problem.factor, levels, Penalty(price, bits))
         fit = TernaryFit(target, trits)
         levels = fit.levels(levels)
         cost = fit.error(levels) + price * _bits(trits)
@@ -290,8 +298,10 @@ def _results(problem: Problem, trits: Tensor, levels: Tensor) -> list[TernaryMat
     squared_error = error.double().square().sum(dim=(1, 2)).tolist()
     squared_norm = group.weight.double().square().sum(dim=(1, 2)).tolist()
     # Without damping and prior: what the calibration tokens saw.
+    target = problem.target.weight
+    error = target - dequantized(trits, levels)
     row_error = ((error @ group.hessian) * error).sum(dim=-1)
-    row_power = ((group.weight @ group.hessian) * group.weight).sum(dim=-1)
+    row_power = ((target @ group.hessian) * target).sum(dim=-1)
     output_error = (group.row_weight * row_error).double().sum(dim=-1).tolist()
     output_power = (group.row_weight * row_power).double().sum(dim=-1).tolist()
     results = []

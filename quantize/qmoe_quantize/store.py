@@ -72,6 +72,8 @@ class StoreWriter:
         Replace an existing file.
     """
 
+    corrects = False
+
     def __init__(self, path: str | os.PathLike[str], provenance: Provenance, *, force: bool = False) -> None:
         self.path = Path(path)
         if os.path.lexists(self.path) and not force:

@@ -103,6 +103,8 @@ class _Rates:
 class _FirstLook(_Rates):
     """Leaves the experts that it sees as they are; its lambdas are all that may be of use."""
 
+    corrects = False
+
     def __init__(self, layer: LayerSpec, settings: RecipeSettings, seed: int) -> None:
         super().__init__(layer, settings, FEWEST_ROWS, seed)
         self.experts = spread(layer.experts, FIRST_EXPERTS)
@@ -119,6 +121,8 @@ class _FirstLook(_Rates):
 
 class _SecondLook(_Rates):
     """Ternarizes all that it sees, roughly; its lambdas lie around one."""
+
+    corrects = True
 
     def __init__(self, layer: LayerSpec, settings: RecipeSettings, lam: float, seed: int) -> None:
         super().__init__(layer, settings, max(FEWEST_ROWS, SAMPLED_ROWS // layer.experts), seed)
