@@ -2,12 +2,12 @@
 
     python benchmarks/quantizer_matrices.py MODEL
 
-MODEL reads bytes, as those of benchmarks/train_models.py do. Both recipes get the same Hessians, of windows
-from the first 95 % of Python's standard library, and the same level format. Bits are the entropy of each row's
-trits; the error is the mean squared error in the layer's output over windows of the rest, and is given for
-experts that some of those reach. `rd` runs at lambdas a third of a decade apart until the bits of `qmoe` lie
-between two of them for every matrix; its error there is interpolated. A matrix in which it never takes so many
-bits counts with the most that it takes.
+MODEL reads bytes, as those of benchmarks/train_models.py do. Both recipes get the same level format and the
+same Hessians, of windows from the first 95 % of Python's standard library. Bits are the entropy of each
+row's trits; the error is the mean squared error in the layer's output over windows of the rest, and is
+given for experts that some of those reach. `rd` runs at lambdas a third of a decade apart until the bits of
+`qmoe` lie between two of them for every matrix; its error there is interpolated. A matrix in which it never
+takes so many bits counts with the most that it takes.
 """
 
 from __future__ import annotations
