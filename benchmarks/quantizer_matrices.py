@@ -135,7 +135,8 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         if points:
             axes.scatter(*zip(*points, strict=True), s=14, marker=marker, label=kind, alpha=0.7)
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set(xscale="log", ylim=(0, 1.1), xlabel="tokens that the expert saw")
+    highest = max([1.0, *(row["ratio"] for row in rows)])
+    axes.set(xscale="log", ylim=(0, 1.05 * highest), xlabel="tokens that the expert saw")
     axes.set(ylabel="held-out error of rd / qmoe at equal bits", title=title)
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -92,10 +92,11 @@ def rough(problem: Problem, settings: RecipeSettings) -> Tensor:
     limits = torch.finfo(torch.float32)
     lams = torch.tensor([settings.of_tensor(name).lam for name in group.names], device=group.weight.device)
     price = (lams[:, None] / group.row_weight.clamp_min(limits.tiny)).clamp_max(limits.max)
-    deviation = group.weight.std(dim=-1, correction=0)
+    weight = problem.target.weight
+    deviation = weight.std(dim=-1, correction=0)
     levels = ROUGH_START * torch.stack((-deviation, deviation), dim=-1)
     penalty = Penalty(price, torch.full_like(price, FIRST_NONZERO_BITS))
-    trits = feedback(group.weight, problem.factor, levels, penalty)
+    trits = feedback(weight, problem.factor, levels, penalty)
     return dequantized(trits, TernaryFit(problem.target, trits).levels(levels))
 
 
