@@ -30,7 +30,7 @@ STARTS = (1.8, 2.4, 3.2)
 """Levels that `rd` starts from, in standard deviations of the row; the row's extremes are one more start."""
 FIRST_NONZERO_BITS = 2.5
 """What a non-zero is taken to cost beyond a zero before a row has been ternarized once: about p(0) = 0.74."""
-PRIOR_SHARE = 1 / 8
+PRIOR_SHARE = 1 / 2
 """Tokens that the router sends to an expert are alike; a sample of all tokens must not outweigh them."""
 LEAST_PRIOR_TOKENS = 8
 DENSITY_WEIGHTS = 32
