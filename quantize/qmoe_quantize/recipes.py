@@ -30,9 +30,6 @@ STARTS = (1.8, 2.4, 3.2)
 """Levels that `rd` starts from, in standard deviations of the row; the row's extremes are one more start."""
 FIRST_NONZERO_BITS = 2.5
 """What a non-zero is taken to cost beyond a zero before a row has been ternarized once: about p(0) = 0.74."""
-PRIOR_SHARE = 1 / 2
-"""Tokens that the router sends to an expert are alike; a sample of all tokens must not outweigh them."""
-LEAST_PRIOR_TOKENS = 8
 DENSITY_WEIGHTS = 32
 """A row's density of zeros is estimated as if it had this many more weights, of the matrix's mean density."""
 
@@ -51,8 +48,7 @@ class RecipeSettings:
     damp : float
         Share of the mean of the Hessian's diagonal that is added to it; 0.1 in the paper.
     shrinkage : float
-        For `rd`: how many tokens the prior Hessian counts for at most beside those that an expert has seen:
-        it counts for :data:`PRIOR_SHARE` of those, and for no fewer than :data:`LEAST_PRIOR_TOKENS`.
+        For `rd`: how many tokens the prior Hessian counts for beside those that an expert has seen.
     sweeps : int
         For `rd`: sweeps of coordinate descent, each after the levels are fitted again.
     rules : tuple of (str, dict)
@@ -187,8 +183,7 @@ class Problem:
     def of(cls, group: MatrixGroup, settings: RecipeSettings) -> Problem:
         """Damp and factor the Hessians; `rd` adds the prior before."""
         hessian = group.hessian
-        counted = (PRIOR_SHARE * group.tokens).clamp_min(LEAST_PRIOR_TOKENS).clamp_max(settings.shrinkage)
-        share = (counted / group.calibration_tokens).to(hessian)[:, None, None]
+        share = settings.shrinkage / group.calibration_tokens
         if settings.method == "rd":
             hessian = hessian + share * group.prior
         fallbacks: dict[int, str] = {}
