@@ -20,7 +20,7 @@ from .report import check_report, draw_report, layer_table, write_report
 from .text import duration, size, table
 
 if TYPE_CHECKING:
-    from qmoe_quantize import PackSummary, Plan
+    from qmoe_quantize import PackOptions, PackSummary, Plan
     from qmoe_quantize.ranks import Ranks
 
 
@@ -82,6 +82,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_recipe_arguments(parser)
     add_calibration_arguments(parser, stores=True)
     add_output_arguments(parser)
+    many = parser.add_argument_group("many machines, with --dry-run and --calib").add_argument
+    many("--nodes", type=count, metavar="M", help="predict for so many machines")
+    many("--gpus", type=count, metavar="N", help="with so many processes each (default: 1)")
+    many(
+        "--link-gbits",
+        type=number,
+        default=100.0,
+        metavar="X",
+        help="what a machine can send to the others, in Gbit/s (default: %(default)s)",
+    )
     parser.add_argument(
         "--join-timeout",
         type=count,
@@ -197,6 +207,11 @@ def _pack(options: argparse.Namespace, out: str, ranks: Ranks) -> None:
         target_bits=options.target_bpw,
         resume=options.resume,
     )
+    machines = options.nodes is not None or options.gpus is not None
+    require(options.dry_run or not machines, "only predicts", field="--nodes, --gpus", expected="--dry-run")
+    if machines:
+        _predict_many(options, settings)
+        return
     if options.dry_run:
         plan = predict(options.source, settings)
         print_json(plan.to_json()) if options.json else print(_plan_text(plan))
@@ -244,6 +259,24 @@ def _sizes(numbers: Plan | PackSummary) -> str:
         ("all tensors", size(numbers.source_bytes), size(numbers.packed_bytes), ""),
     ]
     return table(("", "source", "packed", "bits/weight"), rows)
+
+
+def _predict_many(options: argparse.Namespace, settings: PackOptions) -> None:
+    from qmoe_quantize.spread import Machines, predict_spread
+
+    require(options.link_gbits > 0, "illegal", field="--link-gbits", expected="more than 0")
+    machines = Machines(options.nodes or 1, options.gpus or 1, options.link_gbits * 1e9 / 8)
+    plan, spread = predict_spread(options.source, settings, machines)
+    if options.json:
+        print_json({**plan.to_json(), "many": spread.to_json()})
+        return
+    each = (
+        f"{spread.ranks} ranks on {spread.nodes} machines: time about {duration(spread.seconds)}, of which "
+        f"{duration(spread.search_seconds)} for finding lambda and {duration(spread.network_seconds)} for "
+        f"sending {size(spread.sent_bytes)} between ranks; peak memory of each at most about "
+        f"{size(spread.peak_memory_bytes)}; {size(spread.disk_bytes)} on the disk while it runs"
+    )
+    print(f"{_plan_text(plan)}\n\n{each}")
 
 
 def _plan_text(plan: Plan) -> str:

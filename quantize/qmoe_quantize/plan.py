@@ -63,6 +63,8 @@ class Plan:
         Time: predicted for a calibrated run.
     assumptions : tuple of str
         What the prediction rests on.
+    search_seconds : float
+        Of ``seconds``, for finding lambda.
     """
 
     basis: str
@@ -78,6 +80,7 @@ class Plan:
     peak_memory_bytes: int
     seconds: float | None
     assumptions: tuple[str, ...]
+    search_seconds: float = 0.0
 
     @property
     def packed_bytes(self) -> int:
@@ -173,12 +176,13 @@ def _predict(config: ModelConfig, tensors: TensorTable, options: PackOptions, sa
     if options.dense == "zstd":
         kept = _dense_share(sample, sizes, tensors)
         dense_packed = round(kept * dense_packed)
+    search = 0.0
     notes = [basis]
     if options.calibration is None:
         seconds, peak = None, _peak_memory(layers, max(sizes.values(), default=0), options)
         notes.append(f"{options.thread_count} threads; memory by a formula that was checked on Linux")
     else:
-        seconds, peak, more = _predict_calibrated(config, tensors, layers, dense, options)
+        seconds, search, peak, more = _predict_calibrated(config, tensors, layers, dense, options)
         notes += more
     if options.dense == "zstd":
         whose = "the start of the largest dense tensor" if sample.checkpoint else "random weights"
@@ -197,6 +201,7 @@ def _predict(config: ModelConfig, tensors: TensorTable, options: PackOptions, sa
         peak_memory_bytes=peak,
         seconds=seconds,
         assumptions=tuple(notes),
+        search_seconds=search,
     )
 
 
@@ -246,8 +251,8 @@ def _predict_calibrated(
     layers: list[LayerSpec],
     dense: list[str],
     options: PackOptions,
-) -> tuple[float, int, list[str]]:
-    """Seconds and peak memory of a calibrated run, and what they rest on."""
+) -> tuple[float, float, int, list[str]]:
+    """Seconds, those of the search, and peak memory of a calibrated run, and what they rest on."""
     from .cost import predict_cost
 
     calibration, recipe = options.calibration, options.recipe
@@ -266,7 +271,7 @@ def _predict_calibrated(
             f"text: {calibration.text.samples} windows of {length} tokens, if it has as many; "
             "tokens spread evenly over the experts"
         )
-    return cost.seconds, cost.peak_memory_bytes, notes
+    return cost.seconds, cost.search_seconds, cost.peak_memory_bytes, notes
 
 
 def _alike(layers: list[LayerSpec]) -> list[list[LayerSpec]]:
