@@ -13,12 +13,14 @@
 
 /* ---- indices of phrases ---- */
 
-/* Room before the first codeword of a chunk: for the codeword before it, and for some that are unpacked with it. */
-enum { LEAD = 8 };
+/* Room before the first index of a chunk, since four codewords fill whole bytes: so up to three come along. */
+enum { LEAD = 4 };
+
+/* Bytes between the codewords that are read and those that are fetched for later: a few rows. */
+enum { AHEAD = 2048 };
 
 typedef struct {
-    uint16_t codewords[LEAD + CHUNK + 8];
-    uint16_t indices[CHUNK];
+    uint16_t found[LEAD + CHUNK + 16]; /* the indices of the chunk's phrases from LEAD on */
     uint16_t before; /* the codeword before the chunk; it decides on the table of the chunk's first phrase */
 } chunk_buffer;
 
@@ -58,42 +60,66 @@ static inline __m128i unpack_eight(const unpacking *how, const uint8_t *bytes) {
     return _mm_srl_epi16(_mm_mullo_epi16(lanes, how->factor), how->shift);
 }
 
-/* While 16 bytes can be loaded. `bit` is a multiple of 8. Returns how many were unpacked. */
-static inline uint32_t unpack_eights(const codeword_source *source, uint64_t bit, uint32_t count,
-                                     uint16_t *codewords) {
-    const unpacking how = unpacking_of(source->bits);
-    const uint8_t *bytes = source->array + bit / 8;
+/*
+ * Indices from a codeword on that begins with the first of `bytes`, sixteen at a time, while they can be loaded.
+ * Returns how many were found. The codeword before the first is taken to be 0.
+ */
+static inline uint32_t find_sixteens(const codeword_source *source, const uint8_t *bytes, uint32_t count,
+                                     uint32_t table, uint16_t *indices) {
+    const uint32_t bits = source->bits;
+    const unpacking how = unpacking_of(bits);
+    const __m256i pick = _mm256_broadcastsi128_si256(how.pick), factor = _mm256_broadcastsi128_si256(how.factor);
+    const __m256i threshold = _mm256_set1_epi16((int16_t)source->threshold), tables = _mm256_set1_epi16((int16_t)table);
+    __m256i last = _mm256_setzero_si256();
     uint32_t i = 0;
-    for (; i < count && source->limit - bytes >= 16; i += 8, bytes += source->bits) {
-        _mm_storeu_si128((__m128i *)(void *)(codewords + i), unpack_eight(&how, bytes));
+    for (; i < count && source->limit - bytes >= 16 + (int64_t)bits; i += 16, bytes += 2 * bits) {
+        __builtin_prefetch(bytes + AHEAD);
+        __m256i lanes = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)bytes));
+        lanes = _mm256_inserti128_si256(lanes, _mm_loadu_si128((const __m128i *)(const void *)(bytes + bits)), 1);
+        lanes = _mm256_mullo_epi16(_mm256_shuffle_epi8(lanes, pick), factor);
+        __m256i codewords = _mm256_srl_epi16(lanes, how.shift);
+        __m256i before = _mm256_permute2x128_si256(last, codewords, 0x21); /* high half of last, low half of these */
+        before = _mm256_alignr_epi8(codewords, before, 14);
+        last = codewords;
+        __m256i second = _mm256_cmpeq_epi16(_mm256_max_epu16(before, threshold), before);
+        codewords = _mm256_or_si256(codewords, _mm256_and_si256(second, tables));
+        _mm256_storeu_si256((__m256i *)(void *)(indices + i), codewords);
     }
     return i;
 }
 #endif
 
-/* Indices of the `count` <= CHUNK phrases from codeword number `done` of the row on. */
+/* Indices of the `count` <= CHUNK phrases from codeword number `done` of the row on; count is not 0. */
 static inline void find_phrases(const codeword_source *source, uint32_t done, uint32_t count, chunk_buffer *buffer) {
-    uint32_t bits = source->bits;
-    uint16_t *codewords = buffer->codewords + LEAD;
-    uint64_t first = source->first + done;
-    uint32_t unpacked = 0;
+    const uint32_t bits = source->bits, threshold = source->threshold;
+    const uint32_t table = threshold >> bits ? 0 : 1u << bits; /* 0: no codeword leads to T1 */
+    const uint64_t first = source->first + done;
+    uint16_t *indices = buffer->found + LEAD;
+    uint32_t before = buffer->before, found = 0;
 #if defined(__AVX2__)
-    uint32_t lead = (uint32_t)(first % 4); /* four codewords fill whole bytes, whatever their width */
-    unpacked = unpack_eights(source, (first - lead) * bits, count + lead, codewords - lead);
-    unpacked = unpacked > lead ? unpacked - lead : 0;
+    uint32_t lead = (uint32_t)(first % 4);
+    const uint8_t *bytes = source->array + (first - lead) * bits / 8;
+    found = find_sixteens(source, bytes, count + lead, table, indices - lead);
+    if (found > lead) {
+        found = found - lead < count ? found - lead : count;
+        const uint32_t mask = (1u << bits) - 1;
+        indices[0] = (uint16_t)((indices[0] & mask) | (before >= threshold ? table : 0));
+        before = indices[found - 1] & mask;
+    } else {
+        found = 0;
+    }
 #endif
-    for (; unpacked < count; unpacked++) {
-        codewords[unpacked] = (uint16_t)packed_wide(source->array, first + unpacked, bits);
+    for (uint32_t i = found; i < count; i++) {
+        indices[i] = (uint16_t)packed_wide(source->array, first + i, bits);
     }
-    codewords[-1] = buffer->before;
-    buffer->before = codewords[count - 1];
-    if (source->threshold >> bits) { /* no codeword leads to T1 */
-        memcpy(buffer->indices, codewords, count * sizeof codewords[0]);
-        return;
-    }
-    uint16_t threshold = (uint16_t)source->threshold, table = (uint16_t)(1u << bits);
-    for (uint32_t i = 0; i < count; i++) {
-        buffer->indices[i] = (uint16_t)(codewords[i] | (codewords[(int64_t)i - 1] >= threshold ? table : 0));
+    if (found < count) { /* from the end on, so that many can be taken at a time */
+        buffer->before = indices[count - 1];
+        for (uint32_t i = count - 1; i > found; i--) {
+            indices[i] = (uint16_t)(indices[i] | (indices[i - 1] >= (uint16_t)threshold ? table : 0));
+        }
+        indices[found] = (uint16_t)(indices[found] | (before >= threshold ? table : 0));
+    } else {
+        buffer->before = (uint16_t)before;
     }
 }
 
@@ -213,7 +239,7 @@ enum { FIRST_PART = 32 };
 static inline uint32_t copy_phrases(const chunk_buffer *buffer, uint32_t count, const phrase_tables *phrases,
                                     size_t block, uint32_t columns, uint32_t column, int8_t *row) {
     for (uint32_t i = 0; i < count && column < columns; i++) {
-        size_t index = buffer->indices[i];
+        size_t index = buffer->found[LEAD + i];
         const int8_t *phrase = phrases->blocks + index * block;
         uint32_t length = phrases->lengths[index];
         memcpy(row + column, phrase, FIRST_PART);
@@ -248,47 +274,99 @@ static void decode_row(const codeword_source *source, uint32_t count, const phra
 
 /* ---- one token ---- */
 
-/* Two floats, which lie in no more than eight bytes: a longer load would cross lines of the cache too often. */
+/*
+ * Two floats, which lie in no more than eight bytes: a longer load would cross lines of the cache too often. Two of
+ * them make a quad.
+ */
 #if defined(__SSE2__)
-typedef __m128 pair;
+typedef __m128 pair, quad;
 static inline pair load_pair(const char *address) {
     double value;
     memcpy(&value, address, sizeof value);
     return _mm_castpd_ps(_mm_set_sd(value));
 }
+static inline quad load_pairs(const char *first, const char *second) {
+    return _mm_loadh_pi(load_pair(first), (const __m64 *)(const void *)second);
+}
 #else
 typedef float pair __attribute__((vector_size(8)));
+typedef float quad __attribute__((vector_size(16)));
 static inline pair load_pair(const char *address) {
     pair value;
     memcpy(&value, address, sizeof value);
     return value;
 }
+static inline quad load_pairs(const char *first, const char *second) {
+    pair low = load_pair(first), high = load_pair(second);
+    return (quad){low[0], low[1], high[0], high[1]};
+}
 #endif
 
-/* Where a row's walk is, and its sums so far; three, so that additions do not wait for each other. */
+/* Where a row's walk is, the phrase that it takes next, and its sums so far. */
 typedef struct {
     const char *x;
-    pair sums[3];
+    uint64_t phrase;
+    quad sums;
+    pair third;
 } row_walk;
 
-static inline void add_phrase(row_walk *walk, const phrase_sums *phrase) {
+static inline uint64_t load_phrase(const phrase_sums *phrase) {
     uint64_t packed;
     memcpy(&packed, phrase, sizeof packed);
-    for (unsigned k = 0; k < 3; k++, packed >>= 16) {
-        walk->sums[k] += load_pair(walk->x + (uint16_t)packed);
-    }
-    walk->x += packed;
+    return packed;
 }
 
 /*
- * Sums of `rows` rows of one dictionary, 1 or TOGETHER. Rows that are walked side by side are at about the same column, so that x comes
- * from the nearest cache, and do not wait for each other. A walk is asked where it is after every second phrase.
+ * Adds a phrase, and loads the one after it. So what a phrase says is there when the turn comes to it again; if it had
+ * to be waited for, the instructions that wait would fill the processor's schedulers. The empty statement keeps the
+ * compiler from moving additions behind other rows', where it runs out of registers.
+ */
+static inline void add_phrase(row_walk *walk, const phrase_sums *next) {
+    uint64_t phrase = walk->phrase;
+    walk->sums += load_pairs(walk->x + (uint16_t)phrase, walk->x + (uint16_t)(phrase >> 16));
+    walk->third += load_pair(walk->x + (uint16_t)(phrase >> 32));
+    walk->x += phrase >> 48;
+    walk->phrase = load_phrase(next);
+#if defined(__SSE2__)
+    __asm__ volatile("" : "+r"(walk->x), "+x"(walk->sums), "+x"(walk->third));
+#endif
+}
+
+/*
+ * Walks TOGETHER rows side by side while at least UNCHECKED of `count` phrases are left and all are before the end;
+ * returns how many it took of each. Written out, since the walks have to stay in registers.
+ */
+static uint32_t walk_together(row_walk *walks, const chunk_buffer *buffers, const phrase_sums *table, uint32_t count,
+                              const char *end) {
+    row_walk first = walks[0], second = walks[1], third = walks[2], fourth = walks[3];
+    uint32_t i = 0;
+    for (bool inside = true; inside && i + UNCHECKED <= count;) {
+        for (unsigned k = 0; k < UNCHECKED; k++) {
+            i++;
+            add_phrase(&first, table + buffers[0].found[LEAD + i]);
+            add_phrase(&second, table + buffers[1].found[LEAD + i]);
+            add_phrase(&third, table + buffers[2].found[LEAD + i]);
+            add_phrase(&fourth, table + buffers[3].found[LEAD + i]);
+        }
+        inside = first.x < end && second.x < end && third.x < end && fourth.x < end;
+    }
+    walks[0] = first, walks[1] = second, walks[2] = third, walks[3] = fourth;
+    return i;
+}
+
+/*
+ * Sums of `rows` rows of one dictionary, 1 or TOGETHER. Rows that are walked side by side are at about the same column,
+ * so that x comes from the nearest cache, and do not wait for each other. Shorter rows are filled up with phrases of no
+ * length, unless all 16 bits of an index are taken. A walk is asked where it is after UNCHECKED phrases.
  */
 static inline void sum_rows(unsigned rows, const codeword_source *sources, const uint32_t *counts,
-                            const phrase_sums *phrases, uint32_t columns, const float *triples, float (*sums)[2]) {
+                            const phrase_tables *phrases, uint32_t columns, const float *triples, float (*sums)[2]) {
     chunk_buffer buffers[TOGETHER];
     row_walk walks[TOGETHER];
-    const char *end = (const char *)triples + (size_t)columns * TRIPLE * sizeof(float);
+    const phrase_sums *table = phrases->sums;
+    /* A row that has ended waits for the others at most a phrase behind its last column. */
+    const char *end = (const char *)triples + (size_t)(columns + SLACK) * TRIPLE * sizeof(float);
+    const bool fill = phrases->entries <= UINT16_MAX;
     uint32_t most = 0;
     for (unsigned row = 0; row < rows; row++) {
         buffers[row].before = 0; /* T0 */
@@ -296,49 +374,51 @@ static inline void sum_rows(unsigned rows, const codeword_source *sources, const
         most = counts[row] > most ? counts[row] : most;
     }
     for (uint32_t done = 0; done < most; done += CHUNK) {
-        uint32_t some[TOGETHER], shared = CHUNK, i = 0;
+        uint32_t some[TOGETHER], shortest = CHUNK, longest = 0, i = 0;
         for (unsigned row = 0; row < rows; row++) {
             uint32_t left = counts[row] > done ? counts[row] - done : 0;
             some[row] = left < CHUNK ? left : CHUNK;
-            shared = some[row] < shared ? some[row] : shared;
+            shortest = some[row] < shortest ? some[row] : shortest;
+            longest = some[row] > longest ? some[row] : longest;
             if (some[row]) {
                 find_phrases(sources + row, done, some[row], buffers + row);
             }
         }
+        const uint32_t shared = fill ? (uint32_t)round_up(longest, UNCHECKED) : shortest;
         bool inside = true;
         for (unsigned row = 0; row < rows; row++) {
+            uint16_t *indices = buffers[row].found + LEAD;
+            for (; fill && some[row] < shared; some[row]++) {
+                indices[some[row]] = (uint16_t)phrases->entries;
+            }
+            indices[some[row]] = 0; /* loaded, but not added */
+            walks[row].phrase = load_phrase(table + indices[0]);
             inside = inside && walks[row].x < end;
         }
-        for (; inside && i + 2 <= shared; i += 2) {
-            for (unsigned row = 0; row < rows; row++) {
-                add_phrase(walks + row, phrases + buffers[row].indices[i]);
-            }
-            for (unsigned row = 0; row < rows; row++) {
-                add_phrase(walks + row, phrases + buffers[row].indices[i + 1]);
-                inside = inside && walks[row].x < end;
-            }
+        if (inside && rows == TOGETHER) {
+            i = walk_together(walks, buffers, table, shared, end);
         }
         for (unsigned row = 0; row < rows; row++) {
             for (uint32_t k = i; k < some[row] && walks[row].x < end; k++) {
-                add_phrase(walks + row, phrases + buffers[row].indices[k]);
+                add_phrase(walks + row, table + buffers[row].found[LEAD + k + 1]);
             }
         }
     }
     for (unsigned row = 0; row < rows; row++) {
-        pair total = walks[row].sums[0] + walks[row].sums[1] + walks[row].sums[2];
-        sums[row][1] = total[0]; /* pairs that start at x */
-        sums[row][0] = total[1]; /* pairs that end at x */
+        quad total = walks[row].sums;
+        sums[row][1] = total[0] + total[2] + walks[row].third[0]; /* pairs that start at x */
+        sums[row][0] = total[1] + total[3] + walks[row].third[1]; /* pairs that end at x */
     }
 }
 
 static void rows_sum(unsigned rows, const codeword_source *sources, const uint32_t *counts,
                      const phrase_tables *const *phrases, uint32_t columns, const float *triples, float (*sums)[2]) {
     if (rows == TOGETHER && phrases[0] == phrases[1] && phrases[0] == phrases[2] && phrases[0] == phrases[3]) {
-        sum_rows(TOGETHER, sources, counts, phrases[0]->sums, columns, triples, sums);
+        sum_rows(TOGETHER, sources, counts, phrases[0], columns, triples, sums);
         return;
     }
     for (unsigned row = 0; row < rows; row++) {
-        sum_rows(1, sources + row, counts + row, phrases[row]->sums, columns, triples, sums + row);
+        sum_rows(1, sources + row, counts + row, phrases[row], columns, triples, sums + row);
     }
 }
 
@@ -354,7 +434,7 @@ static void list_row(const codeword_source *source, uint32_t count, const phrase
         uint32_t some = count - done < CHUNK ? count - done : CHUNK;
         find_phrases(source, done, some, &buffer);
         for (uint32_t i = 0; i < some && (column & 0xFFFF) < columns; i++) {
-            const phrase_lists *phrase = phrases->lists + buffer.indices[i];
+            const phrase_lists *phrase = phrases->lists + buffer.found[LEAD + i];
             uint64_t positions;
             memcpy(&positions, phrase->positions, sizeof positions);
             positions += column; /* the counts in the highest lane stay as they are, and are not looked at */

@@ -52,7 +52,7 @@ static bool takes_triples(const piece *work) {
 static size_t packed_floats(const piece *work) {
     size_t columns = work->matrix->layout.columns;
     if (takes_triples(work)) {
-        return (size_t)round_up((columns + 2 * SLACK) * TRIPLE, TOKEN_BLOCK);
+        return (size_t)round_up((columns + SUM_SLACK) * TRIPLE, TOKEN_BLOCK);
     }
     size_t whole = work->tokens / TOKEN_BLOCK, rest = work->tokens % TOKEN_BLOCK;
     size_t floats = (columns + SLACK) * (whole * TOKEN_BLOCK + (rest ? block_width(rest) : 0));
@@ -77,7 +77,7 @@ static void pack_triples(const piece *work, int dtype) {
         triples[1] = element(work->x, column, dtype);
         triples[2] = 0.0f;
     }
-    memset(triples, 0, 2 * SLACK * TRIPLE * sizeof *triples);
+    memset(triples, 0, SUM_SLACK * TRIPLE * sizeof *triples);
 }
 
 static void pack_block(const piece *work, int dtype, size_t first, float *block) {
@@ -245,8 +245,9 @@ static bool run_batch(batch *all, unsigned threads) {
         piece *work = all->pieces + i;
         size_t columns = work->matrix->layout.columns;
         floats += packed_floats(work);
-        /* Two lists for each row of a unit, and a row of trits behind them; or a row of trits alone. */
+        /* Nothing; or two lists for each row of a unit, and a row of trits behind them; or a row of trits alone. */
         size_t needed = (columns + SLACK) * (columns <= LIST_COLUMNS ? (ROWS_PER_UNIT + 1) * 2 * sizeof(uint16_t) : 1);
+        needed = takes_triples(work) ? 0 : needed;
         room = needed > room ? needed : room;
         work->first_unit = all->unit_count;
         all->unit_count += (work->matrix->layout.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
@@ -254,7 +255,7 @@ static bool run_batch(batch *all, unsigned threads) {
     threads = threads < all->unit_count ? threads : all->unit_count;
     all->scratch_size = (size_t)round_up(room, 64);
     float *packed = aligned_alloc(64, floats * sizeof *packed); /* so that no vector crosses a line of the cache */
-    all->scratch = malloc((threads ? threads : 1) * all->scratch_size);
+    all->scratch = malloc((threads ? threads : 1) * all->scratch_size + 1);
     bool enough = packed && all->scratch;
     if (enough) {
         float *next = packed;

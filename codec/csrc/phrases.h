@@ -11,7 +11,7 @@
  * blocks   the trits, `block` bytes each: 32, 64 or 128, whichever holds the longest phrase
  * lengths  its length in trits
  * measures the same, and UNUSED where there is none: so that eight of them can be added before one looks for it
- * sums     for one token: where to add x up. See rows_sum.
+ * sums     for one token: where to add x up. See rows_sum. One more than `entries`: the last is of no length.
  * lists    for many tokens: where the non-zeros are. See list_row.
  */
 
@@ -34,7 +34,7 @@ typedef struct {
 enum { UNUSED = 4096 };
 
 typedef struct {
-    uint32_t block;
+    uint32_t entries, block;
     const uint8_t *lengths;
     const uint16_t *measures;
     const phrase_sums *sums;
