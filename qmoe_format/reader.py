@@ -277,23 +277,22 @@ class PackedLayer:
         """The same for a record that was read by other means: see :meth:`frames`."""
         frames, position = [], 0
         for number, projection in enumerate(self.spec.projections):
-            place = self.place(expert, number)
             rest = len(record) - position
             if rest < _FRAME_HEADER_BYTES:
                 raise SizeError(
                     "the record ends before this frame",
-                    file=place,
+                    file=self.place(expert, number),
                     value=f"{rest} bytes",
                     expected="exactly one frame per projection",
                 )
             try:
                 header = read_frame_header(record, position)
             except FormatError as error:
-                raise error.with_file(place) from error
+                raise error.with_file(self.place(expert, number)) from error
             if (header.rows, header.columns) != (projection.rows, projection.columns):
                 raise HeaderError(
                     f"not the projection's in {CONFIG}",
-                    file=place,
+                    file=self.place(expert, number),
                     field="rows, columns",
                     value=(header.rows, header.columns),
                     expected=(projection.rows, projection.columns),
@@ -301,7 +300,7 @@ class PackedLayer:
             if header.frame_size > rest:
                 raise SizeError(
                     "the frame reaches past the record",
-                    file=place,
+                    file=self.place(expert, number),
                     field="body_size",
                     value=f"{header.frame_size} bytes",
                     expected=f"at most {rest} bytes",
@@ -310,7 +309,7 @@ class PackedLayer:
                 if identity not in self.dictionaries:
                     raise MissingDictionaryError(
                         "not among the layer's",
-                        file=place,
+                        file=self.place(expert, number),
                         field="dictionary_ids",
                         value=f"{identity:#010x}",
                         expected=", ".join(f"{known:#010x}" for known in self.dictionaries) or "none",

@@ -37,23 +37,53 @@ static qmoe_status walk_row(const qmoe_matrix *matrix, const row_codewords *row,
     return QMOE_OK;
 }
 
-qmoe_status qmoe_check_row(const qmoe_matrix *matrix, const row_codewords *row, qmoe_error *error) {
-    if (row->count == 0) {
-        return QMOE_OK;
+/* Whether the phrases of a row, whose lengths sum up to `total`, are as they should be. */
+static inline bool row_fits(const codeword_source *source, const row_codewords *row, uint64_t total,
+                            uint32_t columns) {
+    if (total <= columns) {
+        return true; /* a phrase's non-zeros lie within it */
+    }
+    if (total == UINT64_MAX) {
+        return false;
     }
     /* Lengths are at least 1: so if the last phrase starts within the row, all do, and it alone can reach beyond. */
-    uint32_t columns = matrix->layout.columns, bits = matrix->layout.bits;
-    codeword_source source = qmoe_row_source(matrix, row);
     uint64_t last = row->first + row->count - 1;
-    uint64_t total = qmoe_chosen_kernels()->measure_row(&source, row->count, matrix->phrases[row->dictionary_number]);
-    uint32_t codeword = packed_wide(source.array, last, bits);
-    uint32_t table = row->count > 1 && packed_wide(source.array, last - 1, bits) >= source.threshold;
-    uint32_t word = row->dictionary->words[table << bits | codeword];
+    uint32_t codeword = packed_wide(source->array, last, source->bits);
+    uint32_t table = row->count > 1 && packed_wide(source->array, last - 1, source->bits) >= source->threshold;
+    uint32_t word = row->dictionary->words[table << source->bits | codeword];
     uint64_t start = total - word_length(word);
-    if (total != UINT64_MAX && start < columns && nonzeros_before(word, columns - (uint32_t)start)) {
-        return QMOE_OK;
+    return start < columns && nonzeros_before(word, columns - (uint32_t)start);
+}
+
+qmoe_status qmoe_check_rows(const qmoe_matrix *matrix, qmoe_error *error) {
+    uint32_t left = matrix->layout.rows;
+    row_cursor cursor = qmoe_rows_from(matrix, 0);
+    while (left) {
+        row_codewords rows[BLOCK_ROWS];
+        uint32_t counts[BLOCK_ROWS];
+        uint64_t totals[BLOCK_ROWS];
+        uint32_t block = left < BLOCK_ROWS ? left : BLOCK_ROWS;
+        for (uint32_t i = 0; i < block; i++) {
+            rows[i] = qmoe_next_row(&cursor);
+            counts[i] = rows[i].count;
+        }
+        for (uint32_t first = 0, end; first < block; first = end) {
+            codeword_source source = qmoe_row_source(matrix, rows + first);
+            for (end = first + 1; end < block && rows[end].dictionary == rows[first].dictionary; end++) {
+            }
+            qmoe_chosen_kernels()->measure_rows(&source, end - first, counts + first,
+                                                matrix->phrases[rows[first].dictionary_number], totals + first);
+            for (uint32_t i = first; i < end; i++) {
+                qmoe_status status = QMOE_OK;
+                if (!row_fits(&source, rows + i, totals[i], matrix->layout.columns) &&
+                    (status = walk_row(matrix, rows + i, error)) != QMOE_OK) {
+                    return status;
+                }
+            }
+        }
+        left -= block;
     }
-    return walk_row(matrix, row, error);
+    return QMOE_OK;
 }
 
 qmoe_status qmoe_check_raw(const qmoe_matrix *matrix, qmoe_error *error) {

@@ -250,21 +250,6 @@ static qmoe_status find_dictionaries(qmoe_matrix *matrix, const qmoe_dictionary 
     return QMOE_OK;
 }
 
-/* Walk over all codewords or trits. */
-static qmoe_status check_codewords(const qmoe_matrix *matrix, qmoe_error *error) {
-    const frame_layout *layout = &matrix->layout;
-    if (layout->codec == CODEC_RAW) {
-        return qmoe_check_raw(matrix, error);
-    }
-    row_cursor cursor = qmoe_rows_from(matrix, 0);
-    qmoe_status status = QMOE_OK;
-    for (uint32_t row = 0; status == QMOE_OK && row < layout->rows; row++) {
-        row_codewords codewords = qmoe_next_row(&cursor);
-        status = qmoe_check_row(matrix, &codewords, error);
-    }
-    return status;
-}
-
 static qmoe_status open_matrix(qmoe_matrix *matrix, size_t size, const qmoe_dictionary *const *dictionaries,
                                size_t dictionary_count, unsigned options, qmoe_error *error) {
     frame_layout *layout = &matrix->layout;
@@ -296,7 +281,10 @@ static qmoe_status open_matrix(qmoe_matrix *matrix, size_t size, const qmoe_dict
         return qmoe_fail(error, QMOE_PAYLOAD, "codewords", frame[layout->codewords_end - 1],
                          "zero bits after the last codeword");
     }
-    return whole ? check_codewords(matrix, error) : QMOE_OK;
+    if (!whole) {
+        return QMOE_OK;
+    }
+    return layout->codec == CODEC_RAW ? qmoe_check_raw(matrix, error) : qmoe_check_rows(matrix, error);
 }
 
 qmoe_status qmoe_matrix_open(const uint8_t *frame, size_t size, const qmoe_dictionary *const *dictionaries,

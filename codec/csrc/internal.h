@@ -159,8 +159,8 @@ typedef struct {
 row_cursor qmoe_rows_from(const qmoe_matrix *matrix, uint32_t row);
 row_codewords qmoe_next_row(row_cursor *cursor);
 
-/* Check every codeword of a row, or every byte of a raw frame (spec 4.3, 4.4). */
-qmoe_status qmoe_check_row(const qmoe_matrix *matrix, const row_codewords *codewords, qmoe_error *error);
+/* Check every codeword, or every byte of a raw frame (spec 4.3, 4.4). */
+qmoe_status qmoe_check_rows(const qmoe_matrix *matrix, qmoe_error *error);
 qmoe_status qmoe_check_raw(const qmoe_matrix *matrix, qmoe_error *error);
 
 /* Trits of a raw frame from number `first` on, with up to 7 bytes written after the last. */

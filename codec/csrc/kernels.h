@@ -42,8 +42,10 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    /* The sum of the lengths of a row's `count` phrases, or UINT64_MAX where a codeword is unused. */
-    uint64_t (*measure_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases);
+    /* Of each of `rows` rows that follow each other, with counts[row] phrases of one dictionary: the sum of the
+     * phrases' lengths, or UINT64_MAX where a codeword is unused. */
+    void (*measure_rows)(const codeword_source *source, uint32_t rows, const uint32_t *counts,
+                         const phrase_tables *phrases, uint64_t *totals);
     /* Trits of a row from `count` codewords into row[0 … columns + SLACK); what follows the phrases is zeroed. */
     void (*decode_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                        int8_t *row);

@@ -147,6 +147,16 @@ typedef struct {
     uint32_t before;      /* the codeword before */
 } row_place;
 
+static inline row_place place_of(const codeword_source *source) {
+    uint32_t lead = (uint32_t)(source->first % 4); /* four codewords fill whole bytes, whatever their width */
+    return (row_place){source->array + (source->first - lead) * source->bits / 8, lead, 0};
+}
+
+/* Whether there are bytes enough to find so many indices. */
+static inline bool can_find_indices(const codeword_source *source, const row_place *place, uint64_t count) {
+    return (uint64_t)(source->limit - place->bytes) >= (count - 1) / 8 * source->bits + 16;
+}
+
 /* Indices of `count` codewords, and of up to 7 that follow. */
 static inline void find_indices(const codeword_source *source, uint32_t count, uint32_t table, row_place *place,
                                 uint16_t *indices) {
@@ -168,17 +178,25 @@ static inline void find_indices(const codeword_source *source, uint32_t count, u
     place->before = (uint16_t)_mm_extract_epi16(last, 7);
 }
 
+/* The sum of eight phrases' measures: at most 8 UNUSED. A load and an addition for each are faster than a gather. */
+static inline uint16_t measure_eight(const uint16_t *indices, const uint16_t *measures) {
+    uint16_t sum = 0;
+    for (unsigned k = 0; k < 8; k++) {
+        sum = (uint16_t)(sum + measures[indices[k]]);
+    }
+    __asm__("" : "+r"(sum)); /* or compilers would put vectors together, which takes several times as long */
+    return sum;
+}
+
 /*
  * From a whole byte on: so up to three codewords of the row before come along, and some of the row behind. In the
- * place of these, one of the row is measured, and taken off again: a branch that is guessed wrong costs more. A load
- * and an addition for each phrase are faster than a gather.
+ * place of these, one of the row is measured, and taken off again: a branch that is guessed wrong costs more.
  */
 static inline uint32_t measure_chunks(const codeword_source *source, uint32_t count, const uint16_t *measures,
                                       uint32_t table, row_measure *row) {
-    row_place place = {.lead = (uint32_t)(source->first % 4)};
+    row_place place = place_of(source);
     uint64_t left = (uint64_t)count + place.lead;
-    place.bytes = source->array + (source->first - place.lead) * source->bits / 8;
-    if ((uint64_t)(source->limit - place.bytes) < (left - 1) / 8 * source->bits + 16) {
+    if (!can_find_indices(source, &place, left)) {
         return 0;
     }
     uint16_t indices[CHUNK + 8];
@@ -192,12 +210,7 @@ static inline uint32_t measure_chunks(const codeword_source *source, uint32_t co
         _mm_storeu_si128((__m128i *)(void *)(indices + some), _mm_set1_epi16((int16_t)one));
         row->total -= (place.lead + -some % 8) * measures[one];
         for (uint32_t i = 0; i < some; i += 8) {
-            uint16_t sum = 0; /* at most 8 UNUSED */
-            for (unsigned k = 0; k < 8; k++) {
-                sum = (uint16_t)(sum + measures[indices[i + k]]);
-            }
-            __asm__("" : "+r"(sum)); /* or compilers would put vectors together, which takes several times as long */
-            add_measure(row, sum);
+            add_measure(row, measure_eight(indices + i, measures));
         }
         left -= some;
         place.lead = 0;
@@ -229,6 +242,115 @@ static uint64_t measure_row(const codeword_source *source, uint32_t count, const
         before = codeword;
     }
     return row.seen >= UNUSED ? UINT64_MAX : row.total;
+}
+
+#if defined(__AVX2__)
+enum { WALK = 6144, BEHIND = 256 };
+
+/* Codewords `first` on as 16 lanes; the second eight begin `bits` bytes after the first. */
+static inline __m256i unpack_sixteen(const uint8_t *bytes, uint32_t bits, __m256i pick, __m256i factor,
+                                     __m128i shift) {
+    __m128i low = _mm_loadu_si128((const __m128i *)(const void *)bytes);
+    __m128i high = _mm_loadu_si128((const __m128i *)(const void *)(bytes + bits));
+    __m256i lanes = _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), pick);
+    return _mm256_srl_epi16(_mm256_mullo_epi16(lanes, factor), shift);
+}
+
+/*
+ * All rows as one walk, whose length hardly changes from one block of rows to the next: row by row, the end of each
+ * would be guessed wrong. Lengths are added up while indices further on are found, since loads do one and vectors
+ * the other; BEHIND, so that the indices have left the queue of stores. False if the rows are too long, or a codeword
+ * may be unused.
+ */
+static bool measure_together(const codeword_source *source, uint32_t rows, const uint32_t *counts,
+                             const phrase_tables *phrases, uint64_t *totals) {
+    const uint16_t *measures = phrases->measures;
+    uint32_t bits = source->bits;
+    row_place place = place_of(source);
+    uint64_t end = place.lead;
+    for (uint32_t row = 0; row < rows; row++) {
+        end += counts[row];
+    }
+    if (end > WALK || end == place.lead || !can_find_indices(source, &place, end + 8)) {
+        return false;
+    }
+    uint16_t indices[WALK + 16];
+    uint16_t starts[WALK / 16 + 1]; /* a bit for each codeword of T0 because a row starts */
+    uint32_t before[WALK / 8 + 3];  /* the sum of all eights before */
+    memset(starts, 0, sizeof starts[0] * (size_t)(end / 16 + 1));
+    for (uint32_t row = 0, at = place.lead; row <= rows; at += row < rows ? counts[row] : 0, row++) {
+        starts[at / 16] |= (uint16_t)(1u << at % 16);
+    }
+    const unpacking unpack = unpacking_of(bits);
+    const __m256i pick = _mm256_broadcastsi128_si256(unpack.pick), factor = _mm256_broadcastsi128_si256(unpack.factor);
+    const __m256i threshold = _mm256_set1_epi16((int16_t)source->threshold);
+    const __m256i table = _mm256_set1_epi16((int16_t)(source->threshold >> bits ? 0 : 1u << bits));
+    const __m256i lanes = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m256i lane_bits = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                                INT16_MIN);
+    /* Codewords of the row before are taken for 0, which hardly any dictionary leaves unused. */
+    __m256i outside = _mm256_cmpgt_epi16(_mm256_set1_epi16((int16_t)place.lead), lanes);
+    __m256i last = _mm256_setzero_si256();
+    row_measure all = {0, 0};
+    uint32_t found = 0, added = 0;
+    while (added < end) {
+        if (found < end) {
+            __m256i codewords = unpack_sixteen(place.bytes, bits, pick, factor, unpack.shift);
+            codewords = _mm256_andnot_si256(outside, codewords);
+            __m256i between = _mm256_permute2x128_si256(last, codewords, 0x21);
+            __m256i previous = _mm256_alignr_epi8(codewords, between, 14);
+            __m256i second = _mm256_cmpeq_epi16(_mm256_max_epu16(previous, threshold), previous);
+            __m256i start = _mm256_and_si256(_mm256_set1_epi16((int16_t)starts[found / 16]), lane_bits);
+            second = _mm256_andnot_si256(_mm256_cmpeq_epi16(start, lane_bits), _mm256_and_si256(second, table));
+            _mm256_storeu_si256((__m256i *)(void *)(indices + found), _mm256_or_si256(codewords, second));
+            last = codewords;
+            outside = _mm256_setzero_si256();
+            place.bytes += 2 * bits;
+            found += 16;
+            if (found <= BEHIND && found < end) {
+                continue;
+            }
+        }
+        for (uint32_t k = 0; k < 16; k += 8, added += 8) {
+            before[added / 8] = all.total;
+            add_measure(&all, measure_eight(indices + added, measures));
+        }
+    }
+    before[added / 8] = all.total;
+    uint32_t at = place.lead, passed = 0;
+    for (uint32_t k = 0; k < place.lead; k++) {
+        passed += measures[indices[k]];
+    }
+    for (uint32_t row = 0; row < rows; row++) {
+        at += counts[row];
+        uint32_t sum = before[at / 8];
+        const uint16_t *eight = indices + at / 8 * 8;
+        for (uint32_t k = 0; k < 8; k++) {
+            sum += k < at % 8 ? measures[eight[k]] : 0u;
+        }
+        totals[row] = sum - passed;
+        passed = sum;
+    }
+    return all.seen < UNUSED;
+}
+#endif
+
+static void measure_rows(const codeword_source *source, uint32_t rows, const uint32_t *counts,
+                         const phrase_tables *phrases, uint64_t *totals) {
+#if defined(__AVX512VBMI__)
+    bool together = source->bits > 10; /* or tables in registers are faster */
+#elif defined(__AVX2__)
+    bool together = true;
+#endif
+#if defined(__AVX2__)
+    if (together && rows > 1 && measure_together(source, rows, counts, phrases, totals)) {
+        return;
+    }
+#endif
+    codeword_source row_source = *source;
+    for (uint32_t row = 0; row < rows; row_source.first += counts[row++]) {
+        totals[row] = counts[row] ? measure_row(&row_source, counts[row], phrases) : 0;
+    }
 }
 
 /* ---- trits ---- */
@@ -583,7 +705,7 @@ static void masks(const int8_t *trits, uint64_t *nonzero, uint64_t *negative) {
 
 const qmoe_kernels KERNELS = {
     .name = KERNELS_NAME,
-    .measure_row = measure_row,
+    .measure_rows = measure_rows,
     .decode_row = decode_row,
     .rows_sum = rows_sum,
     .list_row = list_row,

@@ -1,4 +1,4 @@
-/* Compares the chosen kernels' measure_row with a walk over one codeword after the other, on random rows. */
+/* Compares the chosen kernels' measure_rows with a walk over one codeword after the other, on random rows, a block of them at a time. */
 #include "internal.h"
 
 #include <stdio.h>
@@ -41,7 +41,7 @@ static void compare(uint32_t bits, uint32_t tables, bool all_used) {
     }
     phrase_tables phrases = {.lengths = lengths, .measures = measures};
     for (unsigned round = 0; round < 2000; round++) {
-        uint32_t codewords = 1 + below(round % 2 ? 40 : 700);
+        uint32_t codewords = 1 + below(round % 4 == 3 ? 9000 : round % 2 ? 40 : 700);
         size_t size = ((size_t)codewords * bits + 7) / 8 + 8; /* the room that a frame has at least */
         uint8_t *bytes = malloc(size);
         if (!bytes) {
@@ -55,14 +55,22 @@ static void compare(uint32_t bits, uint32_t tables, bool all_used) {
                                   .first = below(codewords),
                                   .bits = bits,
                                   .threshold = tables == 1 ? 1u << bits : 1 + below((1u << bits) - 1)};
-        uint32_t count = 1 + below(codewords - (uint32_t)source.first);
-        uint64_t expected = walk(&source, count, lengths);
-        uint64_t found = qmoe_chosen_kernels()->measure_row(&source, count, &phrases);
-        if (found != expected) {
-            printf("%s: %u bits, %u tables, threshold %u, %u codewords from %u on: %lld instead of %lld\n",
-                   qmoe_chosen_kernels()->name, bits, tables, source.threshold, count, (uint32_t)source.first,
-                   (long long)found, (long long)expected);
-            exit(1);
+        uint32_t rows = 1 + below(32), left = codewords - (uint32_t)source.first, counts[32];
+        uint64_t found[32];
+        for (uint32_t row = 0; row < rows; row++) {
+            counts[row] = row + 1 == rows ? below(left + 1) : below(2 * left / (rows - row) + 1);
+            left -= counts[row];
+        }
+        qmoe_chosen_kernels()->measure_rows(&source, rows, counts, &phrases, found);
+        for (uint32_t row = 0; row < rows; row++) {
+            uint64_t expected = walk(&source, counts[row], lengths);
+            if (found[row] != expected) {
+                printf("%s: %u bits, %u tables, threshold %u, %u codewords from %u on: %lld instead of %lld\n",
+                       qmoe_chosen_kernels()->name, bits, tables, source.threshold, counts[row],
+                       (uint32_t)source.first, (long long)found[row], (long long)expected);
+                exit(1);
+            }
+            source.first += counts[row];
         }
         free(bytes);
     }
