@@ -117,6 +117,29 @@ def test_the_installed_codec_works(installed: Path, tmp_path: Path) -> None:
     assert all(Path(place).resolve().is_relative_to(home) for place in places), places
 
 
+# As README.md says: PLACE is where the wheel keeps the header and the library.
+PLACE = "import qmoe_codec; print(qmoe_codec.__path__[0])"
+VERSION = "from importlib.metadata import version; print(version('qmoe-format'))"
+PROGRAM = """
+#include <qmoe.h>
+#include <stdio.h>
+int main(void) {
+    puts(qmoe_version());
+    return 0;
+}
+"""
+
+
+def test_a_c_program_links_to_the_installed_library(installed: Path, tmp_path: Path) -> None:
+    place = Path(run(installed / "python", "-c", PLACE, cwd=tmp_path).strip())
+    assert place.resolve().is_relative_to(installed.parent.resolve())
+    (tmp_path / "program.c").write_text(PROGRAM)
+    flags = [f"-I{place}/include", f"-L{place}", "-lqmoe", f"-Wl,-rpath,{place}"]
+    run(os.environ.get("CC", "cc"), "program.c", *flags, "-o", "program", cwd=tmp_path)
+    version = run(installed / "python", "-c", VERSION, cwd=tmp_path)
+    assert run(tmp_path / "program", cwd=tmp_path) == version
+
+
 @pytest.mark.parametrize("command", ["qmoe", "qmoe-pack", "qmoe-unpack", "qmoe-inspect", "qmoe-verify"])
 def test_the_installed_commands_explain_themselves(installed: Path, tmp_path: Path, command: str) -> None:
     assert f"usage: {command}" in run(installed / command, "--help", cwd=tmp_path)
