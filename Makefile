@@ -10,11 +10,12 @@ MODEL ?=
 ARGS ?=
 SECONDS ?= 60
 SEED ?= 1
+VERSION ?=
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize fuzz fuzz-guided bench lint format clean
+.PHONY: help install demo test test-transformers sanitize fuzz fuzz-guided bench lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +27,15 @@ demo: $(INSTALLED) ## train, pack, verify, load and run a small model (MODEL=PAT
 
 test: $(INSTALLED) ## run the tests (ARGS="-k name" for some of them)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-transformers: $(INSTALLED) ## run the loader's tests with another transformers (VERSION=5.17.0)
+	@test -n "$(VERSION)" || { echo "make test-transformers VERSION=5.17.0" >&2; exit 2; }
+	@mkdir -p build
+	@grep -E '^(numpy|safetensors|tqdm)==' constraints-dev.txt > build/constraints-transformers.txt
+	@test -d build/transformers-$(VERSION) || $(PIP) install --target build/transformers-$(VERSION) \
+		-c build/constraints-transformers.txt transformers==$(VERSION)
+	PYTHONPATH=build/transformers-$(VERSION) $(BIN)/python -m pytest tests/test_transformers.py \
+		tests/test_fused.py tests/test_torch.py $(ARGS)
 
 bench: $(INSTALLED) ## print the size of the format against other codes
 	$(BIN)/python benchmarks/format_rate.py $(ARGS)

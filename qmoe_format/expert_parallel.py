@@ -7,17 +7,20 @@ experts and gets back what they make of it, by two all-to-all exchanges (Lepikhi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from qmoe_codec.errors import ArgumentError, UnsupportedModelError
+from qmoe_codec.errors import ArgumentError, MissingPackageError, UnsupportedModelError
+
+try:
+    import torch
+    import torch.distributed as dist
+except ModuleNotFoundError as error:
+    raise MissingPackageError("torch is not installed: pip install 'qmoe-format[torch]'") from error
 
 from .container import LayerSpec
 from .reader import PackedLayer
-from .torch import QMoEExperts
+from .torch import Activation, QMoEExperts
 
 
 def own_experts(experts: int, rank: int, size: int) -> range:
@@ -43,12 +46,14 @@ class ParallelExperts(torch.nn.Module):
     ------
     ArgumentError
         There are more ranks than experts.
+    UnsupportedModelError
+        The experts have biases.
     """
 
-    def __init__(
-        self, layer: LayerSpec, activation: Callable[[torch.Tensor], torch.Tensor], group: dist.ProcessGroup
-    ) -> None:
+    def __init__(self, layer: LayerSpec, activation: Activation | None, group: dist.ProcessGroup) -> None:
         super().__init__()
+        if "bias" in layer.features:
+            raise UnsupportedModelError("experts with biases are not spread over ranks", file=layer.prefix)
         self.layer = layer
         self.num_experts = layer.experts
         self.act_fn = activation

@@ -399,6 +399,7 @@ class PackedModel:
             self._own(self.shards[name], tensors)
         self._layers = {prefix: self._open_layer(prefix) for prefix in self.layers}
         self._dense = self._open_dense()
+        self._check_biases()
 
     def _own(self, file: SafetensorsFile, indexed: dict[str, None]) -> None:
         """Compare a shard's tensors with those that the index has for it."""
@@ -472,6 +473,26 @@ class PackedModel:
                     expected=size,
                 )
         return dict(sorted(dense.items()))
+
+    def _check_biases(self) -> None:
+        """Tensors of biases that layers name are there, in the shape of spec 6.3."""
+        for spec in self.layers.values():
+            for projection in spec.projections:
+                if projection.bias is None:
+                    continue
+                shape: tuple[int, ...] = (projection.rows,)
+                if projection.fused:
+                    shape = (spec.experts, spec.fused_rows(projection).total)
+                for name in spec.expanded([projection.bias]):
+                    found = self.dense_info(name).shape if name in self._dense else None
+                    if found != shape:
+                        raise HeaderError(
+                            "wrong shape" if found is not None else f"missing tensor of a layer in {CONFIG}",
+                            file=self.path,
+                            field=name,
+                            value=None if found is None else list(found),
+                            expected=list(shape),
+                        )
 
     def layer(self, prefix: str) -> PackedLayer:
         """The experts of a layer.

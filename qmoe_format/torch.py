@@ -7,6 +7,8 @@ the matrices as they lie in the buffer or in the cache: no expert is ever unpack
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Self
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from qmoe_codec import Matrix, experts_matmul, parse_dictionaries
 from qmoe_codec.errors import ArgumentError, MissingPackageError, UnsupportedModelError
 
-from .container import LayerSpec, Projection
+from .container import EXPERT, Gating, LayerSpec, Projection
 from .expert_cache import CachedLayer, Portion
 from .reader import PackedLayer
 
@@ -24,6 +26,9 @@ try:
     import torch
 except ModuleNotFoundError as error:
     raise MissingPackageError("torch is not installed: pip install 'qmoe-format[torch]'") from error
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+"""From a tensor to a tensor of the same shape."""
 
 BUFFERS = ("qmoe_store", "qmoe_index", "qmoe_dictionaries")
 """Names of the buffers: those of the tensors in the container, without the layer's prefix."""
@@ -33,26 +38,39 @@ class QMoEExperts(torch.nn.Module):
     """Packed experts, called like the experts modules of transformers.
 
     ``y[t] = sum_k top_k_weights[t, k] * down(act(gate(x[t])) * up(x[t]))`` over the experts
-    ``top_k_index[t, k]``; ``down(act(up(x)))`` where the layer has no gate (spec 6.3, `role`).
+    ``top_k_index[t, k]``; ``down(act(up(x)))`` where the layer has no gate; another formula where it has a
+    gating (spec 6.3, `role` and `gating`). Biases are parameters, under their names in the original
+    checkpoint, or stacked [experts, rows] as ``NAME_bias`` of the projection NAME where they were apart.
 
     Parameters
     ----------
     layer : LayerSpec
         Number of experts, and the shape and role of their matrices.
-    activation : callable
-        From a tensor to a tensor of the same shape, for example ``torch.nn.SiLU()``.
+    activation : callable, optional
+        From a tensor to a tensor of the same shape, for example ``torch.nn.SiLU()``; none for a layer with a
+        gating.
     store_bytes, dictionaries_bytes : int
         Sizes of the two byte buffers; both are in the layer's entry of ``quantization_config``.
     verify : bool, default True
         Whether checksum and content of a matrix are checked too when it is first used. Headers always are.
     cached : CachedLayer, optional
         Lends the matrices; the module then has no buffers, and sizes and `verify` mean nothing.
+    bias_dtype : torch.dtype, default float32
+        Of the parameters, if the layer has biases.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The layer has projections that make no expert, or of shapes that do not fit each other.
+    ArgumentError
+        An activation is missing, or given to a layer with a gating.
 
     Notes
     -----
     Computes in float32, for inference, where the buffers are: on the CPU, or on a CUDA device by
     `qmoe_gpu_decode` (which needs CuPy). An index equal to the number of experts is skipped, as in
-    transformers, where it marks a token that belongs to another device.
+    transformers, where it marks a token that belongs to another device. Under ``torch.compile`` it is one
+    operator, ``torch.ops.qmoe.packed_experts``.
     """
 
     qmoe_store: torch.Tensor
@@ -62,14 +80,21 @@ class QMoEExperts(torch.nn.Module):
     def __init__(
         self,
         layer: LayerSpec,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        activation: Activation | None,
         *,
         store_bytes: int = 0,
         dictionaries_bytes: int = 0,
         verify: bool = True,
         cached: CachedLayer | None = None,
+        bias_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        if (activation is None) != (layer.gating is not None):
+            raise ArgumentError(
+                "missing" if activation is None else "the layer has a gating of its own",
+                file=layer.prefix,
+                field="activation",
+            )
         self.layer = layer
         self.act_fn = activation
         self.verify = verify
@@ -83,14 +108,32 @@ class QMoEExperts(torch.nn.Module):
             self.register_buffer("qmoe_store", torch.empty(store_bytes, dtype=torch.uint8))
             self.register_buffer("qmoe_index", torch.full((layer.experts, 3), -1, dtype=torch.int64))
             self.register_buffer("qmoe_dictionaries", torch.zeros(dictionaries_bytes, dtype=torch.uint8))
+        for name, shape in bias_shapes(layer).items():
+            bias = torch.zeros(shape, dtype=bias_dtype)
+            self.register_parameter(name, torch.nn.Parameter(bias, requires_grad=False))
         self._parsed: _ParsedLayer | None = None
         self._gpu: _GpuLayer | None = None
+        self._number = _register(self)
 
     @classmethod
     def from_packed(
-        cls, packed: PackedLayer, activation: Callable[[torch.Tensor], torch.Tensor], *, verify: bool = True
+        cls,
+        packed: PackedLayer,
+        activation: Activation | None,
+        *,
+        verify: bool = True,
+        biases: Mapping[str, torch.Tensor] | None = None,
     ) -> Self:
-        """The experts of one layer of an open packed model, copied into memory."""
+        """The experts of one layer of an open packed model, copied into memory.
+
+        Parameters
+        ----------
+        packed : PackedLayer
+        activation, verify
+            As for the class.
+        biases : mapping of str to Tensor
+            By the name of the parameter; needed where the layer has biases.
+        """
         store, dictionaries = (
             np.frombuffer(view, np.uint8).copy() for view in (packed.store, packed.dictionary_bytes)
         )
@@ -104,6 +147,17 @@ class QMoEExperts(torch.nn.Module):
         module.qmoe_store = torch.from_numpy(store)
         module.qmoe_index = torch.from_numpy(packed.index.copy())
         module.qmoe_dictionaries = torch.from_numpy(dictionaries)
+        biases = biases or {}
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in biases or biases[name].shape != parameter.shape:
+                raise ArgumentError(
+                    "the layer has biases",
+                    file=packed.spec.prefix,
+                    field=f"biases: {name}",
+                    value=tuple(biases[name].shape) if name in biases else None,
+                    expected=tuple(parameter.shape),
+                )
+            parameter.data = biases[name].detach().clone()
         return module
 
     def forward(
@@ -130,6 +184,20 @@ class QMoEExperts(torch.nn.Module):
         FormatError
             The packed bytes are not what the spec says.
         """
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+            raise UnsupportedModelError(
+                "packed experts have no gradient: call the model under torch.no_grad()",
+                file=self.layer.prefix,
+            )
+        if torch.compiler.is_compiling():
+            output: torch.Tensor = packed_experts(hidden_states, top_k_index, top_k_weights, self._number)
+            return output
+        return self.compute(hidden_states, top_k_index, top_k_weights)
+
+    def compute(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What :meth:`forward` does when it is called and not traced."""
         self.check_inputs(hidden_states, top_k_index, top_k_weights, self.num_experts)
         if hidden_states.is_cuda:
             return self._on_gpu(hidden_states, top_k_index, top_k_weights)
@@ -156,37 +224,56 @@ class QMoEExperts(torch.nn.Module):
         with closing(source.lend(hit.tolist())) as portions:
             for positions, matrices in portions:
                 if len(positions) == len(hit):
-                    return self._multiply(matrices, x, ends)
+                    return self._multiply(hit, matrices, x, ends)
                 starts = np.append(0, ends[:-1])
                 rows = np.concatenate([np.arange(starts[p], ends[p]) for p in positions])
                 output[rows] = self._multiply(
-                    matrices, x[rows], np.cumsum(ends[positions] - starts[positions])
+                    hit[positions], matrices, x[rows], np.cumsum(ends[positions] - starts[positions])
                 )
         return output
 
     def _multiply(
-        self, matrices: Sequence[Mapping[str, Matrix]], x: NDArray[np.float32], ends: NDArray[np.intp]
+        self,
+        experts: NDArray[np.intp],
+        matrices: Sequence[Mapping[str, Matrix]],
+        x: NDArray[np.float32],
+        ends: NDArray[np.intp],
     ) -> NDArray[np.float32]:
         threads = torch.get_num_threads()
 
         def multiply(projection: Projection, inputs: NDArray[np.float32]) -> torch.Tensor:
             chosen = [by_name[projection.name] for by_name in matrices]
-            return torch.from_numpy(experts_matmul(chosen, inputs, ends, threads=threads))
+            product = torch.from_numpy(experts_matmul(chosen, inputs, ends, threads=threads))
+            if projection.bias is None:
+                return product
+            counts = torch.from_numpy(np.diff(ends, prepend=0))
+            bias = self._bias(projection)[torch.from_numpy(experts)].to(torch.float32)
+            return product.add_(bias.repeat_interleave(counts, dim=0))
 
-        hidden = multiply(self.up, x)
-        hidden = self.act_fn(hidden) if self.gate is None else self.act_fn(multiply(self.gate, x)) * hidden
+        gate = None if self.gate is None else multiply(self.gate, x)
+        hidden = inner(gate, multiply(self.up, x), self.act_fn, self.layer.gating)
         return multiply(self.down, hidden.numpy()).numpy()
+
+    def _bias(self, projection: Projection) -> torch.Tensor:
+        """The biases of a projection: [experts, rows]."""
+        bias = self.get_parameter(_bias_name(self.layer, projection))
+        if not projection.fused:
+            return bias
+        return bias[:, self.layer.fused_rows(projection).part(projection.rows)]
 
     def _on_gpu(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The same by the GPU's kernels, on torch's stream, with no word to or from the host."""
+        refuse_on_gpu(self.layer)
         from qmoe_gpu_decode import torch_ops
 
         if self._gpu is None or not self._gpu.is_of(self._packed_buffers()):
             self._gpu = _GpuLayer(self.layer, self._packed_buffers(), self.verify)
-        output: torch.Tensor = torch_ops.experts(
-            self._gpu.number, x, index, weights, _activation_name(self.act_fn, self.layer.prefix)
-        )
+        output: torch.Tensor = torch_ops.experts(self._gpu.number, x, index, weights, self._activation_name())
         return output
+
+    def _activation_name(self) -> str:
+        assert self.act_fn is not None  # a layer without is refused before
+        return _activation_name(self.act_fn, self.layer.prefix)
 
     def _packed_buffers(self) -> tuple[torch.Tensor, ...]:
         return (self.qmoe_store, self.qmoe_index, self.qmoe_dictionaries)
@@ -207,7 +294,8 @@ class QMoEExperts(torch.nn.Module):
                     value=place,
                     expected="cpu, or a model loaded without expert_cache",
                 )
-        for name, tensor in (("hidden_states", hidden_states), *self.named_buffers(recurse=False)):
+        own = (*self.named_buffers(recurse=False), *self.named_parameters(recurse=False))
+        for name, tensor in (("hidden_states", hidden_states), *own):
             if tensor.device != place or place.type not in ("cpu", "cuda"):
                 raise UnsupportedModelError(
                     "packed experts compute on the CPU or a CUDA device, where their buffers are",
@@ -216,10 +304,6 @@ class QMoEExperts(torch.nn.Module):
                     value=tensor.device,
                     expected="cpu or cuda, the same for all",
                 )
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
-            raise UnsupportedModelError(
-                "packed experts have no gradient: call the model under torch.no_grad()", file=prefix
-            )
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.hidden_dim:
             raise ArgumentError(
                 "wrong shape",
@@ -260,6 +344,10 @@ class QMoEExperts(torch.nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parsed": None, "_gpu": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = _register(self)
+
     def extra_repr(self) -> str:
         """Experts, width and bits per weight."""
         weights = self.num_experts * sum(p.rows * p.columns for p in self.layer.projections)
@@ -267,6 +355,83 @@ class QMoEExperts(torch.nn.Module):
         return (
             f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}, "
             f"bits_per_weight={8 * stored / weights:.3f}"
+        )
+
+
+_numbers = itertools.count(1)
+_modules: weakref.WeakValueDictionary[int, QMoEExperts] = weakref.WeakValueDictionary()
+
+
+def _register(module: QMoEExperts) -> int:
+    """The number by which :func:`packed_experts` knows the module, as long as that lives."""
+    number = next(_numbers)
+    _modules[number] = module
+    return number
+
+
+@torch.library.custom_op("qmoe::packed_experts", mutates_args=())
+def packed_experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, module: int) -> torch.Tensor:
+    """Route x [tokens, hidden] through the :class:`QMoEExperts` of this number: the operator of a graph."""
+    found = _modules.get(module)
+    if found is None:
+        raise ArgumentError("no module has this number", field="module", value=module)
+    return found.compute(x, index, weights)
+
+
+@packed_experts.register_fake
+def _(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, module: int) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def inner(
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    activation: Activation | None,
+    gating: Gating | None,
+) -> torch.Tensor:
+    """What an expert's last projection multiplies with (spec 6.3), from what the others gave."""
+    if gating is not None and gate is not None:
+        gate = gate.clamp(max=gating.limit)
+        up = up.clamp(-gating.limit, gating.limit)
+        return (up + 1) * (gate * torch.sigmoid(gating.alpha * gate))
+    assert activation is not None
+    return activation(up) if gate is None else activation(gate) * up
+
+
+def bias_shapes(layer: LayerSpec) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the parameters that a :class:`QMoEExperts` of this layer has."""
+    return {
+        _bias_name(layer, projection): (
+            layer.experts,
+            layer.fused_rows(projection).total if projection.fused else projection.rows,
+        )
+        for projection in layer.projections
+        if projection.bias is not None
+    }
+
+
+def _bias_name(layer: LayerSpec, projection: Projection) -> str:
+    assert projection.bias is not None
+    if EXPERT in projection.bias:
+        return f"{projection.name}_bias"
+    return projection.bias.removeprefix(f"{layer.prefix}.").replace(".", "_")
+
+
+def refuse_on_gpu(layer: LayerSpec) -> None:
+    """Refuse what the GPU's kernels cannot compute.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The layer has biases, or a gating of its own.
+    """
+    if unknown := layer.features & {"bias", "gating"}:
+        raise UnsupportedModelError(
+            "the GPU's kernels do not have this: compute on the CPU",
+            file=layer.prefix,
+            field="layer",
+            value=" and ".join(sorted(unknown)),
+            expected="act(gate) · up without biases",
         )
 
 
@@ -328,12 +493,13 @@ class _GpuLayer:
         return same and [buffer.data_ptr() for buffer in buffers] == self._pointers
 
 
-def _activation_name(activation: Callable[[torch.Tensor], torch.Tensor], prefix: str) -> str:
+def _activation_name(activation: Activation, prefix: str) -> str:
     """The activation's name among those that the GPU's kernels have."""
     if isinstance(activation, torch.nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     names = {
         "SiLU": "silu",
+        "silu": "silu",  # torch.nn.functional's
         "SiLUActivation": "silu",
         "GELUActivation": "gelu",
         "GELUTanh": "gelu_tanh",
@@ -342,13 +508,14 @@ def _activation_name(activation: Callable[[torch.Tensor], torch.Tensor], prefix:
         "ReLU": "relu",
         "Identity": "none",
     }
-    name = names.get(type(activation).__name__)
+    kind = getattr(activation, "__name__", type(activation).__name__)
+    name = names.get(kind)
     if name is None:
         raise UnsupportedModelError(
             "the GPU's kernels do not have this activation",
             file=prefix,
             field="activation",
-            value=type(activation).__name__,
+            value=kind,
             expected=sorted(names),
         )
     return name

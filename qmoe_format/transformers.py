@@ -7,14 +7,17 @@ does the same and refuses whatever does not fit exactly.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from qmoe_codec.errors import (
+    FileChangedError,
     HeaderError,
     MissingPackageError,
     QMoEError,
@@ -25,8 +28,10 @@ from .container import DICTIONARIES, STORE, STORE_INDEX, ZSTD, LayerSpec, Quanti
 from .dense import decode_dense
 from .expert_cache import ExpertCache
 from .expert_parallel import ParallelExperts, parallel_layers
-from .reader import open_model
-from .torch import QMoEExperts
+from .reader import PackedModel, open_model
+from .safetensors_io import SafetensorsFile, file_identity
+from .saving import PackedSaver
+from .torch import BUFFERS, Activation, QMoEExperts, bias_shapes
 
 try:
     import transformers
@@ -68,24 +73,27 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     verify: bool = True,
+    device_map: Any = None,
     expert_cache: str | int | None = None,
     policy: str = "lru",
     page_cache: bool = True,
     prefetch: bool = False,
     expert_parallel: torch.distributed.ProcessGroup | None = None,
 ) -> transformers.PreTrainedModel:
-    """Load a packed model; its experts stay packed and are computed by the C core.
+    """Load a packed model; its experts stay packed and are computed by the C core, or the GPU's kernels.
 
     Parameters
     ----------
     path : path
         The directory that ``qmoe-pack`` wrote.
     device : str or torch.device, default "cpu"
-        Only the CPU so far.
+        The CPU, or a CUDA device, which needs CuPy.
     dtype : torch.dtype, optional
         Of everything but the experts; default: what ``config.json`` says.
     verify : bool, default True
         Whether each expert's checksum is checked when it is first used.
+    device_map : str or dict, optional
+        Instead of `device`: where each part of the model goes, as transformers takes it (needs accelerate).
     expert_cache : str or int, optional
         Leave the experts on disk and keep only as many in memory as fit these bytes, such as ``"4GiB"``, or
         this number of experts. `policy`, `page_cache` and `prefetch` are then those of :class:`ExpertCache`,
@@ -108,7 +116,11 @@ def load(
         The directory is not a sound packed model.
     UnsupportedModelError
         The architecture is unknown to this transformers or has another kind of experts, a tensor is missing
-        or left over, or `device` is not the CPU.
+        or left over, or packed experts cannot be on this device.
+    MissingPackageError
+        The device needs CuPy, or `device_map` accelerate.
+    FileChangedError
+        A file was changed meanwhile.
     """
     path = Path(path)
     if expert_cache is not None and expert_parallel is not None:
@@ -122,10 +134,11 @@ def load(
         raise UnsupportedModelError(
             "experts in an expert cache compute on the CPU", field="device", value=device, expected="cpu"
         )
-    if str(device) != "cpu":
-        raise UnsupportedModelError(
-            "packed experts compute on the CPU", field="device", value=device, expected="cpu"
-        )
+    require_device(device, "device")
+    if device_map is not None:
+        _require_places(device_map)
+        if importlib.util.find_spec("accelerate") is None:
+            raise MissingPackageError("device_map needs accelerate: pip install accelerate")
     with open_model(path) as packed:
         model_class = _model_class(path, packed.config)
         cache = None
@@ -140,8 +153,11 @@ def load(
             )
             cache.require(_experts_per_token(path), path)
         token, group_token = _CACHE.set(cache), _GROUP.set(expert_parallel)
+        before = _identities(packed)
         try:
-            loaded: Any = model_class.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+            loaded: Any = model_class.from_pretrained(
+                path, dtype=dtype or "auto", device_map=device_map, output_loading_info=True
+            )
         except QMoEError:
             raise
         except (RuntimeError, ValueError, OSError) as error:
@@ -154,6 +170,8 @@ def load(
             _GROUP.reset(group_token)
         for layer in parallel_layers(loaded[0]):
             layer.hold(packed.layer(layer.layer.prefix), verify=verify)
+        if changed := [name for name, identity in _identities(packed).items() if identity != before[name]]:
+            raise FileChangedError("changed while it was loaded: load it again", file=path / changed[0])
     model: Any = loaded[0]
     found: dict[str, Any] = loaded[1]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -169,9 +187,58 @@ def load(
             module.verify = verify
     if cache is not None:
         model.expert_cache = cache
+    if device_map is None:
+        model.to(device)
     loaded_model: transformers.PreTrainedModel = model
     return loaded_model
 
+
+def _identities(packed: PackedModel) -> dict[str, tuple[int, ...] | None]:
+    """What tells the files of a model from others that come in their place."""
+    found: dict[str, tuple[int, ...] | None] = {}
+    for name in packed.files:
+        try:
+            found[name] = file_identity((packed.path / name).stat())
+        except FileNotFoundError:
+            found[name] = None
+    return found
+
+
+def require_device(place: object, field: str) -> None:
+    """Refuse a device that packed experts cannot be on, or whose library is missing.
+
+    Raises
+    ------
+    UnsupportedModelError
+        It is none of the CPU, a CUDA device, or a disk that tensors are offloaded to; or torch finds no GPU.
+    MissingPackageError
+        It is a CUDA device, and CuPy is not installed.
+    """
+    name = f"cuda:{place}" if isinstance(place, int) else str(place)
+    if name in ("cpu", "disk") or (name in AUTOMATIC and not torch.cuda.is_available()):
+        return
+    if name not in AUTOMATIC and not re.fullmatch(r"cuda(:[0-9]+)?", name):
+        raise UnsupportedModelError(
+            "packed experts compute on the CPU or a CUDA device",
+            field=field,
+            value=place,
+            expected="cpu or cuda",
+        )
+    if not torch.cuda.is_available():
+        raise UnsupportedModelError("torch finds no such device", field=field, value=place, expected="cpu")
+    if importlib.util.find_spec("cupy") is None:
+        raise MissingPackageError(
+            "packed experts on a GPU need CuPy: pip install 'qmoe-format[gpu]'", field=field, value=place
+        )
+
+
+def _require_places(device_map: Any) -> None:
+    for place in device_map.values() if isinstance(device_map, dict) else [device_map]:
+        require_device(place, "device_map")
+
+
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of ``device_map`` with which accelerate looks for GPUs."""
 
 _CACHE: ContextVar[ExpertCache | None] = ContextVar("qmoe_expert_cache", default=None)
 _GROUP: ContextVar[torch.distributed.ProcessGroup | None] = ContextVar("qmoe_expert_parallel", default=None)
@@ -230,17 +297,22 @@ class QMoEQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: QMoEConfig
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._renamed: list[WeightRenaming] = []
+        self._is_saving = False
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse any device but the CPU."""
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        for place in places:
-            if place is not None and str(place) != "cpu":
-                raise UnsupportedModelError(
-                    "packed experts compute on the CPU", field="device_map", value=place, expected="cpu"
-                )
+        """Refuse devices that packed experts cannot be on."""
+        if device_map is not None:
+            _require_places(device_map)
 
     def _process_model_before_weight_loading(
-        self, model: transformers.PreTrainedModel, **kwargs: Any
+        self,
+        model: transformers.PreTrainedModel,
+        checkpoint_files: Iterable[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         renamings = [
             change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)
@@ -248,36 +320,67 @@ class QMoEQuantizer(HfQuantizer):
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         config = self.quantization_config.parsed()
         cache = _CACHE.get()
+        stored = _stored_shapes(checkpoint_files or ())
         for prefix, layer in config.layers.items():
             if any(re.search(pattern, prefix + STORE) for pattern in ignored):
                 continue  # such as DeepSeek's layer for multi-token prediction, which the model does not have
-            name = module_name(model, prefix, renamings)
+            name = module_name(model, layer, renamings)
             with torch.device("meta"):
                 experts = _packed_experts(model.get_submodule(name), layer, config.layer_bytes[prefix], cache)
             model.set_submodule(name, experts)
+            _check_stored(experts, prefix, stored)
+            if rename_source_key(prefix + STORE, renamings, [])[0].removesuffix(STORE) != name:
+                packed = re.escape(prefix) + rf"\.({'|'.join(BUFFERS)})$"
+                self._renamed.append(WeightRenaming(packed, rf"{name}.\1"))
             # All its weights are loaded; to initialize them, Switch's block would reach into its experts
             block: Any = model.get_submodule(name.rpartition(".")[0])
             block._is_hf_initialized = True
+        _refuse_plain_experts(model)
         if (
             cache is not None or _GROUP.get() is not None
         ):  # transformers reads no tensor that the model does not have
             left = "|".join(re.escape(suffix) for suffix in (STORE, STORE_INDEX, DICTIONARIES))
             model._keys_to_ignore_on_load_unexpected = {*ignored, rf"({left})$"}
+        self._expected = {
+            name: (parameter.shape, wanted_dtype(model, name)) for name, parameter in model.named_parameters()
+        }
 
     def _process_model_after_weight_loading(
         self, model: transformers.PreTrainedModel, **kwargs: Any
     ) -> transformers.PreTrainedModel:
+        # The oldest transformers compare no shapes of a quantized model and keep dtypes of renamed tensors
+        for name, parameter in model.named_parameters():
+            shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
+            if parameter.shape != shape:
+                raise UnsupportedModelError(
+                    "the tensors do not fit the model that config.json describes",
+                    field=name,
+                    value=list(parameter.shape),
+                    expected=list(shape),
+                )
+            if parameter.dtype != dtype and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        # To write them as they came, the dense tensors are not to be turned into frames again
+        conversions = getattr(model, "_weight_conversions", None) or []
+        kept = [change for change in conversions if change not in self._renamed and not _is_ours(change)]
+        anything: Any = model
+        anything._weight_conversions = kept
         # The experts have no gradient, so none may be asked of what comes before them
         model.requires_grad_(False)
+        anything.save_pretrained = PackedSaver(model)
         return model
 
     def update_weight_conversions(
-        self, weight_conversions: list[Any], model: transformers.PreTrainedModel
+        self, weight_conversions: list[Any], model: transformers.PreTrainedModel | None = None
     ) -> list[Any]:
-        """Add the decoding of dense frames (spec 5), before the model's own conversions."""
+        """Add the decoding of dense frames (spec 5), before the model's own conversions.
+
+        The oldest transformers do not say which `model`.
+        """
+        changes = [*self._renamed, *weight_conversions]
         names = self.quantization_config.parsed().dense_zstd
         if not names:
-            return weight_conversions
+            return changes
         converters = [change for change in weight_conversions if isinstance(change, WeightConverter)]
         for name in names:
             if rename_source_key(name, [], converters)[1] is not None:
@@ -286,17 +389,77 @@ class QMoEQuantizer(HfQuantizer):
                     "pack without --dense zstd",
                     field=name,
                 )
-        decode = WeightConverter(re.escape(ZSTD), "", [_DecodeDense()])
-        return [decode, *weight_conversions]
+        return [WeightConverter(re.escape(ZSTD), "", [_DecodeDense()]), *changes]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """False: a packed model is copied as a directory, not saved again."""
-        return False
+        """Only for :class:`PackedSaver`, which adds the packed experts; see :meth:`saving`."""
+        return self._is_saving
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Let transformers write everything but the packed experts."""
+        self._is_saving = True
+        try:
+            yield
+        finally:
+            self._is_saving = False
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Everything but the packed experts."""
+        suffixes = tuple(f".{name}" for name in BUFFERS)
+        return {k: v for k, v in model.state_dict().items() if not k.endswith(suffixes)}, {}
 
     @property
     def is_trainable(self) -> bool:
         """False: packed experts have no gradient."""
         return False
+
+
+def _is_ours(change: Any) -> bool:
+    return any(isinstance(operation, _DecodeDense) for operation in getattr(change, "operations", ()))
+
+
+def _stored_shapes(files: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of the packed tensors in the files of a checkpoint."""
+    suffixes = (STORE, STORE_INDEX, DICTIONARIES)
+    found = {}
+    for file in files:
+        with SafetensorsFile(Path(file)) as opened:
+            for name, tensor in opened.tensors.items():
+                if name.endswith(suffixes):
+                    found[name] = (tensor.dtype, tensor.shape)
+    return found
+
+
+def _check_stored(
+    module: torch.nn.Module, prefix: str, stored: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """Refuse a layer whose packed tensors are not in the checkpoint as ``config.json`` describes them."""
+    for buffer, tensor in module.named_buffers(recurse=False):
+        name = f"{prefix}.{buffer}"
+        expected = ("I64" if tensor.dtype == torch.int64 else "U8", tuple(tensor.shape))
+        if stored.get(name) != expected:
+            value = "nothing" if name not in stored else "{} {}".format(*stored[name])
+            raise HeaderError(
+                "the packed layer is not what config.json describes",
+                field=name,
+                value=value,
+                expected="{} {}".format(*expected),
+            )
+
+
+def _refuse_plain_experts(model: transformers.PreTrainedModel) -> None:
+    """Refuse a model with experts that nothing packed is for: they would be initialized at random."""
+    for name, module in model.named_modules():
+        if not isinstance(module, QMoEExperts | ParallelExperts) and type(module).__name__.endswith(
+            "Experts"
+        ):
+            raise HeaderError(
+                "no packed layer for these experts of the model that config.json describes",
+                field=name,
+                value=type(module).__name__,
+                expected="an entry of quantization_config: layers",
+            )
 
 
 class _DecodeDense(ConversionOps):
@@ -331,10 +494,13 @@ def wanted_dtype(model: transformers.PreTrainedModel, name: str) -> torch.dtype:
     return dtype
 
 
-def module_name(model: transformers.PreTrainedModel, prefix: str, renamings: Iterable[Any]) -> str:
-    """Name of the module that the model has for the experts that are called `prefix` on disk."""
-    renamed, _ = rename_source_key(prefix + STORE, list(renamings), [])
-    name = renamed.removesuffix(STORE)
+def module_name(model: transformers.PreTrainedModel, layer: LayerSpec, renamings: Iterable[Any]) -> str:
+    """Name of the module that the model has for the experts of a layer."""
+    first = layer.projections[0]
+    if first.fused:  # they may have no module of their own on disk
+        name = rename_source_key(first.tensor, list(renamings), [])[0].rpartition(".")[0]
+    else:
+        name = rename_source_key(layer.prefix + STORE, list(renamings), [])[0].removesuffix(STORE)
     modules = {path for path, _ in model.named_modules()}
     base = f"{model.base_model_prefix}."
     # A checkpoint of the bare model may be loaded into the one with a head, and the other way round
@@ -342,7 +508,7 @@ def module_name(model: transformers.PreTrainedModel, prefix: str, renamings: Ite
         if candidate in modules:
             return candidate
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no module for these experts", field=prefix, expected=name
+        f"{type(model).__name__} has no module for these experts", field=layer.prefix, expected=name
     )
 
 
@@ -353,11 +519,19 @@ def _packed_experts(
     store_bytes, dictionaries_bytes = sizes
     kind = _QMoESwitchExperts if is_switch(module) else QMoEExperts
     activation = experts_activation(module, layer)
+    biases = [module.get_parameter(name).dtype for name in bias_shapes(layer)]
+    bias_dtype = biases[0] if biases else torch.float32
     if cache is not None:
-        return kind(layer, activation, cached=cache.layer(layer.prefix))
+        return kind(layer, activation, cached=cache.layer(layer.prefix), bias_dtype=bias_dtype)
     if (group := _GROUP.get()) is not None:
         return (_ParallelSwitchExperts if is_switch(module) else ParallelExperts)(layer, activation, group)
-    return kind(layer, activation, store_bytes=store_bytes, dictionaries_bytes=dictionaries_bytes)
+    return kind(
+        layer,
+        activation,
+        store_bytes=store_bytes,
+        dictionaries_bytes=dictionaries_bytes,
+        bias_dtype=bias_dtype,
+    )
 
 
 def is_switch(module: torch.nn.Module) -> bool:
@@ -365,8 +539,13 @@ def is_switch(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "SwitchTransformersExperts"
 
 
-def experts_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Module:
+def experts_activation(module: torch.nn.Module, layer: LayerSpec) -> Activation | None:
     """The activation of a model's own experts, after a check that they compute what `layer` says.
+
+    Returns
+    -------
+    callable or None
+        From a tensor to one of the same shape; None where the layer has a gating of its own.
 
     Raises
     ------
@@ -375,32 +554,55 @@ def experts_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Mo
     HeaderError
         Their shapes are others.
     """
+    if type(module).__name__ == "NllbMoeExperts":
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} runs only experts 0 and 1 of this family: its router "
+            "gives a mask of zeros and ones, which its experts take for the numbers of experts",
+            field=layer.prefix,
+            value=type(module).__name__,
+            expected="qmoe-unpack, and a runtime that computes NLLB-MoE",
+        )
     return _switch_activation(module, layer) if is_switch(module) else _gated_activation(module, layer)
 
 
-def _gated_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Module:
-    """The activation of experts that compute down(act(gate(x)) * up(x)) in the layer's shapes."""
-    plain = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False}
+def _gated_activation(module: torch.nn.Module, layer: LayerSpec) -> Activation | None:
+    """The activation of experts that compute what spec 6.3 says, in the layer's shapes."""
+    biases = bias_shapes(layer)
     gate = getattr(type(module), "_apply_gate", None)
-    # Set by transformers' decorator use_experts_implementation: all that its own kernels know of a layer
-    known = (
-        all(getattr(module, name, usual) is usual for name, usual in plain.items())
-        and gate is not None
-        and gate.__module__ == "transformers.integrations.moe"
-        and {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
-    )
-    if not known:
+    usual = {"has_gate": True, "has_bias": bool(biases), "has_post_expert_norm": False}
+    if layer.gating is None:
+        # Set by transformers' decorator use_experts_implementation: all that its own kernels know of a layer
+        known = gate is not None and gate.__module__ == "transformers.integrations.moe"
+    else:
+        known = type(module).__name__ == "GptOssExperts"
+    known = known and all(getattr(module, name, value) is value for name, value in usual.items())
+    if not known or {name for name, _ in module.named_parameters()} != {"gate_up_proj", "down_proj", *biases}:
         raise UnsupportedModelError(
             "experts of this kind cannot be computed packed", field=layer.prefix, value=type(module).__name__
         )
     shapes = {projection.role: (projection.rows, projection.columns) for projection in layer.projections}
-    packed: dict[str, tuple[int, ...]] = {}
+    packed: dict[str, tuple[int, ...]] = dict(biases)
     if shapes.keys() == {"gate", "up", "down"}:
         rows, columns = shapes["up"]
-        packed["gate_up_proj"] = (layer.experts, 2 * rows, columns)
-        packed["down_proj"] = (layer.experts, *shapes["down"])
+        for name, shape in (("gate_up_proj", (2 * rows, columns)), ("down_proj", shapes["down"])):
+            is_transposed = getattr(module, "is_transposed", False)
+            packed[name] = (layer.experts, *(shape[::-1] if is_transposed else shape))
     _compare_shapes(layer, packed, module)
-    return module.get_submodule("act_fn")
+    if layer.gating is None:
+        found: Any = module
+        activation: Activation = found.act_fn
+        return activation
+    numbers = {"alpha": layer.gating.alpha, "limit": layer.gating.limit}
+    if found := {
+        name: getattr(module, name, None) for name in numbers if getattr(module, name, None) != numbers[name]
+    }:
+        raise HeaderError(
+            "the packed layer's gating is not that of the model that config.json describes",
+            field=f"{layer.prefix}: gating",
+            value=numbers,
+            expected=found,
+        )
+    return None
 
 
 def _switch_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Module:

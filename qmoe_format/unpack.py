@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from qmoe_codec import dequantize
 from qmoe_codec.errors import ArgumentError, FormatError, OutputExistsError, UnsupportedModelError
 
-from .container import CONFIG, INDEX, MANIFEST, RECORD_ALIGNMENT, natural_key, round_up
+from .container import CONFIG, INDEX, MANIFEST, RECORD_ALIGNMENT, LayerSpec, natural_key, round_up
 from .files import PartialDirectory, copy_file, flat_names, os_errors, write_file
 from .paths import refuse_overlap
 from .reader import PackedLayer, PackedModel, open_model
@@ -49,29 +51,52 @@ class UnpackSummary:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor to write; `layer`, `expert` and `projection` say where it comes from, if it is an expert's."""
+    """A tensor to write; the other attributes say what it is made from, if it holds experts."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     layer: PackedLayer | None = None
-    expert: int = 0
-    projection: int = 0
+    experts: range = range(0)
+    projections: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
 
-    def data(self, model: PackedModel) -> memoryview:
-        """Its bytes, in row order."""
+    def pieces(self, model: PackedModel) -> Iterator[memoryview]:
+        """Its bytes, in row order, an expert at a time."""
         if self.layer is None:
-            return model.dense(self.name)[2]
-        frame = self.layer.frames(self.expert)[self.projection]
+            yield model.dense(self.name)[2]
+            return
+        for expert in self.experts:
+            matrices = [self._matrix(self.layer, expert, number) for number in self.projections]
+            yield (
+                np.ascontiguousarray(_fuse(self.layer.spec, self.projections, matrices))
+                .reshape(-1)
+                .view(np.uint8)
+                .data
+            )
+
+    def _matrix(self, layer: PackedLayer, expert: int, number: int) -> NDArray[Any]:
+        frame = layer.frames(expert)[number]
         try:
-            weight = dequantize(frame, self.layer.dictionaries, DTYPES[self.dtype])
+            weight: NDArray[Any] = dequantize(frame, layer.dictionaries, DTYPES[self.dtype])
         except FormatError as error:
-            raise error.with_file(self.layer.place(self.expert, self.projection)) from error
-        return weight.reshape(-1).view(np.uint8).data
+            raise error.with_file(layer.place(expert, number)) from error
+        return weight
+
+
+def _fuse(spec: LayerSpec, numbers: tuple[int, ...], matrices: list[NDArray[Any]]) -> NDArray[Any]:
+    """One expert's part of a tensor: its only matrix, or the fused ones as the original had them."""
+    projections = [spec.projections[number] for number in numbers]
+    first = projections[0]
+    if not first.fused:
+        return matrices[0]
+    fused = np.empty((spec.fused_rows(first).total, first.columns), matrices[0].dtype)
+    for projection, matrix in zip(projections, matrices, strict=True):
+        fused[spec.fused_rows(projection).part(projection.rows)] = matrix
+    return fused.T if first.transposed else fused
 
 
 def unpack(
@@ -85,8 +110,9 @@ def unpack(
 ) -> UnpackSummary:
     """Write a packed model as an ordinary safetensors checkpoint, which transformers loads unchanged.
 
-    Every expert's matrix becomes a tensor of its original name with the ternary values; other tensors are
-    those of the source checkpoint, bit for bit. One tensor is in memory at a time.
+    Every expert's matrix gets back to where it was, under its original name, with the ternary values; other
+    tensors are those of the source checkpoint, bit for bit. One tensor is in memory at a time, of a fused one
+    the part of one expert.
 
     Parameters
     ----------
@@ -155,15 +181,27 @@ def _tensors(model: PackedModel, dtype: str | None) -> Iterator[_Tensor]:
                 value=spec.dtype,
                 expected=" or ".join(DTYPES),
             )
-        for expert in range(spec.experts):
-            for number, projection in enumerate(spec.projections):
+        layer = model.layer(prefix)
+        sharing: dict[str, list[int]] = {}
+        for number, projection in enumerate(spec.projections):
+            sharing.setdefault(projection.tensor, []).append(number)
+        for numbers in sharing.values():
+            first = spec.projections[numbers[0]]
+            if first.fused:
+                sides = (spec.fused_rows(first).total, first.columns)
+                shape = (spec.experts, *(sides[::-1] if first.transposed else sides))
                 yield _Tensor(
-                    projection.tensor_name(expert),
+                    first.tensor, dtype or spec.dtype, shape, layer, range(spec.experts), tuple(numbers)
+                )
+                continue
+            for expert in range(spec.experts):
+                yield _Tensor(
+                    first.tensor_name(expert),
                     dtype or spec.dtype,
-                    (projection.rows, projection.columns),
-                    model.layer(prefix),
-                    expert,
-                    number,
+                    (first.rows, first.columns),
+                    layer,
+                    range(expert, expert + 1),
+                    tuple(numbers),
                 )
 
 
@@ -196,7 +234,10 @@ def _write(
         try:
             # Wide elements first, so that each tensor is aligned to its elements.
             for tensor in sorted(shard, key=lambda tensor: -DTYPE_BITS[tensor.dtype]):
-                writer.add(tensor.name, tensor.dtype, tensor.shape, tensor.data(model))
+                writer.begin(tensor.name, len(tensor.shape))
+                for piece in tensor.pieces(model):
+                    writer.write(piece)
+                writer.end(tensor.dtype, tensor.shape)
                 weight_map[tensor.name] = name
                 done += tensor.nbytes
                 if progress:

@@ -33,6 +33,7 @@ from .container import (
     STORE,
     STORE_INDEX,
     VERSION,
+    VERSION_OF_FEATURES,
     ZSTD,
     LayerSpec,
     parse_manifest,
@@ -444,6 +445,17 @@ class PackedModelWriter:
 
     # ---- the end ----------------------------------------------------------------------------------------
 
+    def _features(self) -> list[str]:
+        """What a reader must know for some layer, and that the biases that layers name are there."""
+        features: set[str] = set()
+        for prefix, entry in self._layers.items():
+            layer = LayerSpec.from_json(prefix, entry)
+            features |= layer.features
+            for name in layer.bias_names():
+                if name not in self._tensors:
+                    raise ArgumentError("a layer names a tensor of biases that is not there", field=name)
+        return sorted(features)
+
     def finish(self, config: Mapping[str, object], recipe: Mapping[str, object]) -> None:
         """Complete the model and move it into place.
 
@@ -482,13 +494,17 @@ class PackedModelWriter:
                 os.rename(shard.path, directory / name)
             records[name] = shard.record
             weight_map.update(dict.fromkeys(shard.tensors, name))
+        features = self._features()
+        version = VERSION_OF_FEATURES if features else VERSION
         quantization = {
             "quant_method": FORMAT,
-            "version": VERSION,
+            "version": version,
             "layers": self._layers,
             "dense_zstd": self._dense_zstd,
             "recipe": dict(recipe),
         }
+        if features:
+            quantization["requires"] = features
         total = sum(shard.tensor_bytes for shard in self._shards)
         for name, content in (
             (CONFIG, {**config, "quantization_config": quantization}),
@@ -505,7 +521,7 @@ class PackedModelWriter:
         sync_directory(directory)
         files = {name: {"bytes": record.nbytes, "sha256": record.sha256} for name, record in records.items()}
         write_file(
-            directory / (MANIFEST + ".tmp"), _json({"format": FORMAT, "version": VERSION, "files": files})
+            directory / (MANIFEST + ".tmp"), _json({"format": FORMAT, "version": version, "files": files})
         )
         with os_errors(directory / MANIFEST):
             os.rename(directory / (MANIFEST + ".tmp"), directory / MANIFEST)

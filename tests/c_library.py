@@ -76,6 +76,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qmoe_model_open": (c_int, [c_char_p, c_uint, c_uint64, POINTER(c_void_p), _ERROR]),
     "qmoe_model_close": (None, [c_void_p]),
     "qmoe_model_layer_count": (c_size_t, [c_void_p]),
+    "qmoe_model_layer_json": (c_char_p, [c_void_p, c_size_t]),
     "qmoe_model_layer": (c_int, [c_void_p, c_size_t, POINTER(LayerInfo), _ERROR]),
     "qmoe_model_find_layer": (c_int, [c_void_p, c_char_p, POINTER(c_size_t), _ERROR]),
     "qmoe_model_projection": (c_int, [c_void_p, c_size_t, c_uint32, POINTER(ProjectionInfo), _ERROR]),
@@ -198,6 +199,9 @@ class Model:
         info = LayerInfo()
         call("qmoe_model_layer", self.handle, number, byref(info))
         return info
+
+    def layer_json(self, number: int) -> str:
+        return str(function("qmoe_model_layer_json")(self.handle, number).decode())
 
     def find_layer(self, prefix: str) -> int:
         number = c_size_t()

@@ -69,6 +69,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "v_head_dim": 8,
         "num_key_value_heads": 4,
     },
+    "gpt_oss": {**_DECODER, "num_local_experts": 3, "head_dim": 8},
     "switch_transformers": {
         "vocab_size": 40,
         "d_model": 24,
@@ -85,6 +86,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "dtype": "float32",
     },
 }
+FUSED = ("gpt_oss",)
+"""Those with all experts of a layer in one tensor."""
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 

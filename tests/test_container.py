@@ -273,7 +273,12 @@ def test_layer_specs_are_checked(change: dict[str, Any]) -> None:
     [
         {"name": ""},
         {"role": "middle"},
-        {"tensor": "a.weight"},
+        {"tensor": ""},
+        {"transposed": True},
+        {"interleaved": True},
+        {"bias": ""},
+        {"bias": "a.bias"},
+        {"tensor": "a", "bias": "a.{expert}.bias"},
         {"tensor": "a.{expert}.{expert}"},
         {"rows": -1},
         {"columns": (1 << 24) + 1},

@@ -37,11 +37,15 @@ RULES = {
         {*CONTAINER, "qmoe_format", "torch"}, {"qmoe_gpu_decode", "qmoe_gpu_decode.torch_ops"}
     ),
     "qmoe_format.expert_parallel": Rule({*CONTAINER, "qmoe_format", "qmoe_format.torch", "torch"}),
+    "qmoe_format.saving": Rule(
+        {*CONTAINER, "qmoe_format", "qmoe_format.torch", "qmoe_format.expert_parallel", "torch"}
+    ),
     "qmoe_format.transformers": Rule(
         {
             *CONTAINER,
             "qmoe_format",
             "qmoe_format.torch",
+            "qmoe_format.saving",
             "qmoe_format.expert_parallel",
             "torch",
             "transformers",

@@ -28,12 +28,12 @@ from qmoe_codec.errors import (
 )
 from qmoe_quantize import PackOptions, SourceCheckpoint, pack, ternarize
 from safetensors.torch import load_file
-from source_models import CONFIGS, TORCH_DTYPES, config_of, random_model, random_tensors, write_model
+from source_models import CONFIGS, FUSED, TORCH_DTYPES, config_of, random_model, random_tensors, write_model
 
 import qmoe_format
 from qmoe_format.unpack import unpack
 
-FAMILIES = sorted(CONFIGS)
+FAMILIES = sorted(CONFIGS.keys() - FUSED)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

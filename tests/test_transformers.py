@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +19,13 @@ import pytest
 import torch
 import transformers
 from qmoe_codec.errors import (
+    ArgumentError,
     ChecksumError,
+    FileChangedError,
     FormatError,
     HeaderError,
+    MissingPackageError,
+    OutputExistsError,
     QMoEError,
     TruncatedError,
     UnsupportedModelError,
@@ -25,88 +35,25 @@ from qmoe_quantize.pipeline import PackOptions, pack
 from safetensors.torch import load_file, save_file
 
 import qmoe_format
+from qmoe_format.cli import main_verify
 from qmoe_format.torch import QMoEExperts
 from qmoe_format.transformers import QMoEConfig, QMoEQuantizer, load
+from qmoe_format.unpack import unpack
 
-DECODER = {
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-DEEPSEEK = {
-    "n_routed_experts": 6,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 12,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-}
-SHARED = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "olmoe": {**DECODER, "num_experts": 5},
-    "qwen2_moe": {**DECODER, **SHARED, "decoder_sparse_step": 1},
-    "qwen3_moe": {
-        **DECODER,
-        "num_experts": 4,
-        "moe_intermediate_size": 32,
-        "head_dim": 8,
-        "mlp_only_layers": [0],
-    },
-    "mixtral": {**DECODER, "num_local_experts": 3},
-    "deepseek_v2": {**DECODER, **DEEPSEEK, "topk_method": "greedy"},
-    "deepseek_v3": {**DECODER, **DEEPSEEK},
-    "switch_transformers": {
-        "vocab_size": 40,
-        "d_model": 24,
-        "d_kv": 6,
-        "d_ff": 36,
-        "num_heads": 4,
-        "num_layers": 4,
-        "num_decoder_layers": 2,
-        "num_sparse_encoder_layers": 2,
-        "num_sparse_decoder_layers": 1,
-        "num_experts": 3,
-        "expert_capacity": 4,
-        "pad_token_id": 0,
-        "decoder_start_token_id": 0,
-    },
-}
-CAUSAL = [name for name in FAMILIES if name != "switch_transformers"]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import families
+from families import TOKENS, content, logits
+
+CORE = ("switch_transformers", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss")
+"""Those that are tested with compressed dense tensors, too."""
 
 transformers.utils.logging.disable_progress_bar()
 
 
 def source(directory: Path, family: str = "olmoe", **changes: Any) -> Path:
     """A checkpoint with random weights, written by transformers itself."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
-    auto = (
-        transformers.AutoModelForSeq2SeqLM
-        if family == "switch_transformers"
-        else transformers.AutoModelForCausalLM
-    )
-    model = auto.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3)
-    model.to(torch.bfloat16).save_pretrained(directory)
-    return directory
+    return families.write_source(directory, family, **changes)
 
 
 def packed(directory: Path, original: Path, **options: Any) -> Path:
@@ -144,38 +91,54 @@ def spoiled(olmoe: Path, tmp_path: Path) -> Path:
     return tmp_path / "spoiled"
 
 
-TOKENS = torch.arange(22).reshape(2, 11) % 40
+@pytest.mark.parametrize(
+    ("family", "dense"), [*((f, "copy") for f in families.CONFIGS), *((f, "zstd") for f in CORE)]
+)
+def test_every_family(tmp_path: Path, family: str, dense: str) -> None:
+    row = families.check(family, tmp_path, dense)
+    expected = {"packs", "refused"} if family in families.NOT_COMPUTED else {*families.COLUMNS, "difference"}
+    assert set(row) == expected
+    assert [name for name, value in row.items() if value is False] == []
 
 
-def logits(model: transformers.PreTrainedModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    arguments = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        output: torch.Tensor = model(input_ids=tokens, **arguments).logits
-    return output
+def test_the_table_of_the_readme_is_that_of_the_results() -> None:
+    root = Path(__file__).resolve().parent.parent
+    rows = json.loads((root / "benchmarks/results/families.json").read_text())["families"]
+    assert list(rows) == list(families.CONFIGS)
+    assert families.table(rows) in (root / "README.md").read_text()
 
 
-@pytest.mark.parametrize("dense", ["copy", "zstd"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_computes_what_the_unpacked_model_computes(tmp_path: Path, family: str, dense: str) -> None:
-    original = source(tmp_path / "source", family)
-    packed_path = packed(tmp_path / "packed", original, dense=dense)
-    plain_path = unpacked(tmp_path / "plain", original, packed_path)
-
+def test_against_matrices_decoded_one_by_one(tmp_path: Path) -> None:
+    """The reference of the other tests is made by `unpack`; this one is not."""
+    original = source(tmp_path / "source")
+    packed_path = packed(tmp_path / "packed", original)
     model = load(packed_path, dtype=torch.float32)
-    plain = type(model).from_pretrained(plain_path, dtype=torch.float32)
-    experts = [module for module in model.modules() if isinstance(module, QMoEExperts)]
-    with qmoe_format.open(packed_path) as opened:
-        assert len(experts) == len(opened.layers)
-        dense_tensors = len(opened.dense_names())
+    plain = type(model).from_pretrained(
+        unpacked(tmp_path / "plain", original, packed_path), dtype=torch.float32
+    )
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
     kept = [name for name in model.state_dict() if ".qmoe_" not in name]
     assert not any("experts.gate_up_proj" in name or ".expert_0." in name for name in kept)
-    assert len(kept) >= dense_tensors
-    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
-    whole = type(model).from_pretrained(original, dtype=torch.float32)
-    assert not torch.allclose(logits(model), logits(whole), rtol=1e-2, atol=1e-2)  # so the experts matter
 
-    greedy = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
-    assert torch.equal(model.generate(TOKENS, **greedy), plain.generate(TOKENS, **greedy))
+
+def test_tokens_beyond_the_capacity_of_a_switch_expert(tmp_path: Path) -> None:
+    """transformers 5.17 lets all tokens pass; later ones drop those beyond the capacity in each sequence."""
+    original = source(tmp_path / "source", "switch_transformers", expert_capacity=1)
+    packed_path = packed(tmp_path / "packed", original)
+    unpack(packed_path, tmp_path / "plain")
+    model = load(packed_path, dtype=torch.float32)
+    plain = type(model).from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
+    for block in (m for m in model.modules() if type(m).__name__ == "SwitchTransformersTop1Router"):
+        block.expert_capacity = 64
+    drops = not torch.equal(logits(model), logits(plain))
+    # The first version that drops is between the oldest and those that are known to
+    oldest, known = "5.17", (5, 23)
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if transformers.__version__.startswith(oldest):
+        assert not drops
+    elif version >= known:
+        assert drops
 
 
 def test_keeps_the_dtype_of_the_checkpoint(olmoe: Path) -> None:
@@ -227,12 +190,148 @@ def test_a_packed_layer_that_the_model_ignores(tmp_path: Path) -> None:
     assert sum(isinstance(module, QMoEExperts) for module in model.modules()) == 1
 
 
-def test_is_for_inference(olmoe: Path, tmp_path: Path) -> None:
+def test_is_for_inference(olmoe: Path) -> None:
     model = load(olmoe)
     assert not model.training
     assert not model(input_ids=TOKENS).logits.requires_grad  # without torch.no_grad()
+
+
+# ---- saving ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", ["copy", "zstd"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_is_a_packed_model(tmp_path: Path, dense: str, tied: bool) -> None:
+    model_path = packed(tmp_path / "packed", source(tmp_path / "s", tie_word_embeddings=tied), dense=dense)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path)
+    model.save_pretrained(tmp_path / "deep" / "again")
+    assert main_verify([str(tmp_path / "deep" / "again"), "--quiet"]) == 0
+    assert content(tmp_path / "deep" / "again") == content(model_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "again")
+    assert torch.equal(logits(again), logits(model))
+    assert (tmp_path / "deep" / "again" / "generation_config.json").exists()
+    recipes = [quantization_config(path)["recipe"] for path in (model_path, tmp_path / "deep" / "again")]
+    assert recipes[0] == recipes[1]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["again"]
+    again.save_pretrained(tmp_path / "deep" / "third")  # and so on
+    assert packed_models.contents(tmp_path / "deep" / "third") == packed_models.contents(
+        tmp_path / "deep" / "again"
+    )
+
+
+def test_saving_replaces_nothing_unasked(olmoe: Path, spoiled: Path, tmp_path: Path) -> None:
+    model = load(olmoe)
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    with pytest.raises(OutputExistsError):
+        model.save_pretrained(spoiled)
+    with pytest.raises(OutputExistsError):
+        model.save_pretrained(tmp_path, force=True)  # not a packed model
+    model.save_pretrained(spoiled, force=True)
+    assert content(spoiled) == content(olmoe)
+    # Onto itself: what is in memory does not depend on the file
+    itself = load(spoiled)
+    itself.save_pretrained(spoiled, force=True)
+    assert content(spoiled) == content(olmoe)
+
+
+def test_saving_what_cannot_be_saved(olmoe: Path, tmp_path: Path) -> None:
+    model = load(olmoe)
+    for option in ({"push_to_hub": True}, {"variant": "fp16"}, {"state_dict": {"a": torch.zeros(1)}}):
+        with pytest.raises(ArgumentError, match=next(iter(option))):
+            model.save_pretrained(tmp_path / "again", **option)
+    with pytest.raises(UnsupportedModelError, match="copy the directory"):
+        load(olmoe, expert_cache=4).save_pretrained(tmp_path / "again")
+    # Around the stand-in, transformers would leave the experts out
     with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path / "again")
+        type(model).save_pretrained(model, tmp_path / "again")
+    model.save_pretrained(tmp_path / "again", is_main_process=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bare_model_is_saved_and_loaded(olmoe: Path, tmp_path: Path) -> None:
+    bare = transformers.AutoModel.from_pretrained(olmoe)
+    bare.save_pretrained(tmp_path / "bare")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "bare")
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).last_hidden_state, bare(TOKENS).last_hidden_state)
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
+def test_copies_of_a_whole_model(olmoe: Path, tmp_path: Path, how: str) -> None:
+    model = load(olmoe)
+    expected = logits(model)
+    if how == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    else:
+        other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))  # noqa: S301
+    del model
+    assert torch.equal(logits(other), expected)
+    other.save_pretrained(tmp_path / "again")
+    assert content(tmp_path / "again") == content(olmoe)
+
+
+def test_state_dict_both_ways(olmoe: Path) -> None:
+    model, other = load(olmoe), load(olmoe)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for module in other.modules():
+        if isinstance(module, QMoEExperts):
+            module.qmoe_store.zero_()
+    with pytest.raises(FormatError):
+        logits(other)
+    assert not any(other.load_state_dict(state))
+    assert torch.equal(logits(other), logits(model))
+
+
+# ---- compiling ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_compiles_without_a_break(tmp_path: Path, family: str) -> None:
+    model = load(packed(tmp_path / "packed", source(tmp_path / "source", family)), dtype=torch.float32)
+    expected = logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- devices -----------------------------------------------------------------------------------------------
+
+
+DEVICE_MAPS: dict[str, Any] = {
+    "cpu": "cpu",
+    "auto": "auto",
+    "explicit": {"": "cpu"},
+    "disk": {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "lm_head": "disk",
+    },
+}
+
+
+@pytest.mark.parametrize("name", DEVICE_MAPS)
+@pytest.mark.parametrize("dense", ["copy", "zstd"])
+def test_device_maps(olmoe: Path, tmp_path: Path, name: str, dense: str) -> None:
+    pytest.importorskip("accelerate")
+    path = olmoe if dense == "copy" else packed(tmp_path / "zstd", source(tmp_path / "source"), dense="zstd")
+    options = {"offload_folder": tmp_path / "offload"} if name == "disk" else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map=DEVICE_MAPS[name], **options)
+    assert torch.equal(logits(model), logits(load(path)))
+    if name == "disk":
+        assert model.lm_head.weight.is_meta
+    model.save_pretrained(tmp_path / "again")
+    assert content(tmp_path / "again") == content(path)
+
+
+def test_load_takes_a_device_map(olmoe: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = load(olmoe, device_map={"": "cpu"})
+    assert torch.equal(logits(model), logits(load(olmoe)))
 
 
 def quantization_config(model: Path) -> dict[str, Any]:
@@ -242,13 +341,32 @@ def quantization_config(model: Path) -> dict[str, Any]:
     return config
 
 
-def test_another_device_is_refused(olmoe: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="CPU"):
-        load(olmoe, device="cuda")
-    with pytest.raises(UnsupportedModelError, match="CPU"):
-        QMoEQuantizer(QMoEConfig(**quantization_config(olmoe))).validate_environment(
-            device_map={"": "cuda:0"}
-        )
+@pytest.mark.parametrize("place", ["mps", "xpu:0", "nonsense"])
+def test_a_device_of_another_kind_is_refused(olmoe: Path, place: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"device.*cpu or cuda"):
+        load(olmoe, device=place)
+    with pytest.raises(UnsupportedModelError, match="device_map"):
+        QMoEQuantizer(QMoEConfig(**quantization_config(olmoe))).validate_environment(device_map={"": place})
+
+
+@pytest.mark.parametrize("place", ["cuda", "cuda:1", 0])
+def test_a_gpu_that_is_not_there_is_refused(
+    olmoe: Path, place: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedModelError, match="no such device"):
+        load(olmoe, device_map={"": place})
+    if isinstance(place, str):
+        with pytest.raises(UnsupportedModelError, match="no such device"):
+            load(olmoe, device=place)
+
+
+@pytest.mark.parametrize("place", ["cuda", "auto"])
+def test_a_gpu_without_cupy_is_refused(olmoe: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r"CuPy: pip install 'qmoe-format\[gpu\]'"):
+        load(olmoe, **({"device": place} if place == "cuda" else {"device_map": place}))
 
 
 def edit_config(model: Path, **changes: Any) -> None:
@@ -263,9 +381,82 @@ def test_an_unknown_architecture_is_refused(spoiled: Path, architectures: object
         load(spoiled)
 
 
-def test_a_missing_tensor_is_refused(spoiled: Path) -> None:
+def both(model: Path) -> Iterator[Callable[[], object]]:
+    """The two ways to load: neither may leave an expert to chance."""
+    yield lambda: load(model)
+    yield lambda: transformers.AutoModelForCausalLM.from_pretrained(model)
+
+
+def test_a_layer_that_is_not_packed_is_refused(spoiled: Path) -> None:
     edit_config(spoiled, num_hidden_layers=3)
-    with pytest.raises(UnsupportedModelError, match=r"missing_keys.*model\.layers\.2"):
+    for way in both(spoiled):
+        with pytest.raises(HeaderError, match=r"model\.layers\.2\.mlp\.experts: no packed layer"):
+            way()
+
+
+def test_a_missing_tensor_is_refused(spoiled: Path) -> None:
+    edit_config(spoiled, attention_bias=True)
+    with pytest.raises(UnsupportedModelError, match=r"missing_keys.*bias"):
+        load(spoiled)
+
+
+@pytest.mark.parametrize("experts", [4, 6])
+def test_another_number_of_experts_is_refused(spoiled: Path, experts: int) -> None:
+    edit_config(spoiled, num_experts=experts)
+    for way in both(spoiled):
+        with pytest.raises(HeaderError, match=r"model\.layers\.0\.mlp\.experts: down_proj.*\(5, 24, 40\)"):
+            way()
+
+
+@pytest.mark.parametrize("suffix", ["qmoe_store", "qmoe_index", "qmoe_dictionaries"])
+def test_missing_packed_tensors_are_refused(spoiled: Path, suffix: str) -> None:
+    name = f"model.layers.1.mlp.experts.{suffix}"
+    index = json.loads((spoiled / "model.safetensors.index.json").read_text())
+    shard = spoiled / index["weight_map"][name]
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, {"format": "pt"})
+    del index["weight_map"][name]
+    (spoiled / "model.safetensors.index.json").write_text(json.dumps(index))
+    packed_models.sign(spoiled)
+    for way in both(spoiled):
+        with pytest.raises(HeaderError, match=rf"model\.layers\.1\.mlp\.experts\.{suffix}"):
+            way()
+
+
+def test_sizes_unlike_the_file_are_refused(spoiled: Path) -> None:
+    def edit(config: Any) -> None:
+        config["quantization_config"]["layers"]["model.layers.1.mlp.experts"]["store_bytes"] += 256
+
+    packed_models.edit_json(spoiled / "config.json", edit)
+    packed_models.sign(spoiled)
+    for way in both(spoiled):
+        with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.experts\.qmoe_store"):
+            way()
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "removed"])
+def test_a_file_that_changes_while_it_is_loaded(
+    spoiled: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = sorted(spoiled.glob("*.safetensors"))[-1]
+    ordinary = transformers.OlmoeForCausalLM.from_pretrained
+
+    def meanwhile(*args: Any, **kwargs: Any) -> Any:
+        loaded = ordinary(*args, **kwargs)
+        data = shard.read_bytes()
+        if change == "written":
+            with open(shard, "r+b") as stream:
+                stream.write(data)
+            os.utime(shard, ns=(1, 1))
+        else:
+            shard.rename(spoiled.parent / "old")
+            if change == "replaced":
+                shard.write_bytes(data)
+        return loaded
+
+    monkeypatch.setattr(transformers.OlmoeForCausalLM, "from_pretrained", meanwhile)
+    with pytest.raises(FileChangedError, match=re.escape(shard.name)):
         load(spoiled)
 
 
@@ -291,7 +482,7 @@ def test_dense_tensors_of_another_shape_are_refused(spoiled: Path) -> None:
 
 
 def test_experts_of_another_kind_are_refused(spoiled: Path) -> None:
-    """The experts of gpt-oss have biases and a gate of their own."""
+    """The experts of gpt-oss have biases and a gate of their own, which these have not."""
     edit_config(spoiled, architectures=["GptOssForCausalLM"], model_type="gpt_oss", num_local_experts=5)
     with pytest.raises(UnsupportedModelError, match="GptOssExperts"):
         load(spoiled)

@@ -247,8 +247,65 @@ static qmoe_status check_files(const char *directory, const qmoe_container *cont
 
 static bool equal_text(const char *a, const char *b) { return strcmp(a, b) == 0; }
 
-static qmoe_status read_projection(arena *memory, json_value entry, qmoe_projection_info *projection,
-                                   qmoe_error *error) {
+/* A flag of a projection; false if it is not there, or means nothing in this container. */
+static qmoe_status get_flag(json_value entry, const char *key, bool known, bool *flag, qmoe_error *error) {
+    json_value value;
+    *flag = false;
+    if (!known || !qmoe_json_get(entry, key, &value)) {
+        return QMOE_OK;
+    }
+    *flag = *value.start == 't';
+    return *flag || *value.start == 'f' ? QMOE_OK : qmoe_fail(error, QMOE_HEADER, key, 0, "true or false");
+}
+
+static bool is_null(json_value value) { return *value.start == 'n'; }
+
+/* What version 1.1 may say of a projection (spec 6.3). */
+static qmoe_status read_source(arena *memory, json_value entry, unsigned features, const char *tensor,
+                               qmoe_source_layout *source, qmoe_error *error) {
+    const char *place = strstr(tensor, "{expert}");
+    bool may_fuse = features & FEATURE_FUSED;
+    json_value value;
+    *source = (qmoe_source_layout){.fused = !place, .bias = ""};
+    if (!*tensor || (place ? strstr(place + 1, "{expert}") != NULL : !may_fuse)) {
+        return qmoe_fail(error, QMOE_HEADER, "tensor", 0, "a name with {expert} in it once");
+    }
+    qmoe_status status;
+    if ((status = get_flag(entry, "transposed", may_fuse, &source->transposed, error)) != QMOE_OK ||
+        (status = get_flag(entry, "interleaved", may_fuse, &source->interleaved, error)) != QMOE_OK) {
+        return status;
+    }
+    if (place && (source->transposed || source->interleaved)) {
+        return qmoe_fail(error, QMOE_HEADER, "transposed", 0, "false, for a tensor of one expert");
+    }
+    if (!(features & FEATURE_BIAS) || !qmoe_json_get(entry, "bias", &value) || is_null(value)) {
+        return QMOE_OK;
+    }
+    qmoe_name bias;
+    if ((status = get_string(memory, entry, "bias", &bias, error)) != QMOE_OK) {
+        return status;
+    }
+    const char *number = strstr(bias.bytes, "{expert}");
+    if (!bias.size || !number != !place || (number && strstr(number + 1, "{expert}"))) {
+        return qmoe_fail(error, QMOE_HEADER, "bias", 0, "a name with {expert} in it as often as in the tensor's");
+    }
+    source->bias = bias.bytes;
+    return QMOE_OK;
+}
+
+/* Whether two projections do without each other's tensors, or share a fused one that holds both. */
+static bool get_along(const qmoe_projection_info *a, const qmoe_source_layout *in_a, const qmoe_projection_info *b,
+                      const qmoe_source_layout *in_b) {
+    bool same_bias = equal_text(in_a->bias, in_b->bias);
+    if (!equal_text(a->tensor, b->tensor)) {
+        return !same_bias || !*in_a->bias;
+    }
+    return in_a->fused && same_bias && a->columns == b->columns && in_a->transposed == in_b->transposed &&
+           in_a->interleaved == in_b->interleaved && (!in_a->interleaved || a->rows == b->rows);
+}
+
+static qmoe_status read_projection(arena *memory, json_value entry, unsigned features,
+                                   qmoe_projection_info *projection, qmoe_source_layout *source, qmoe_error *error) {
     enum { SIDE = MAXIMUM_SIDE };
     qmoe_name name, role, tensor;
     int64_t rows = 0, columns = 0;
@@ -269,9 +326,8 @@ static qmoe_status read_projection(arena *memory, json_value entry, qmoe_project
     if (!equal_text(role.bytes, "gate") && !equal_text(role.bytes, "up") && !equal_text(role.bytes, "down")) {
         return qmoe_fail(error, QMOE_HEADER, "role", 0, "gate, up or down");
     }
-    const char *place = strstr(tensor.bytes, "{expert}");
-    if (!place || strstr(place + 1, "{expert}")) {
-        return qmoe_fail(error, QMOE_HEADER, "tensor", 0, "a name with {expert} in it once");
+    if ((status = read_source(memory, entry, features, tensor.bytes, source, error)) != QMOE_OK) {
+        return status;
     }
     if ((uint64_t)rows * (uint64_t)columns > MAXIMUM_WEIGHTS) {
         return qmoe_fail(error, QMOE_HEADER, "columns", columns, "at most 2^36 weights");
@@ -280,7 +336,8 @@ static qmoe_status read_projection(arena *memory, json_value entry, qmoe_project
     return QMOE_OK;
 }
 
-static qmoe_status read_projections(arena *memory, json_value entry, qmoe_layer_spec *layer, qmoe_error *error) {
+static qmoe_status read_projections(arena *memory, json_value entry, unsigned features, qmoe_layer_spec *layer,
+                                    qmoe_error *error) {
     json_value list, item;
     if (!qmoe_json_get(entry, "projections", &list) || !json_is_array(list)) {
         return qmoe_fail(error, QMOE_HEADER, "projections", 0, "a list");
@@ -291,13 +348,14 @@ static qmoe_status read_projections(arena *memory, json_value entry, qmoe_layer_
     }
     while (qmoe_json_element(&list, &item)) {
         qmoe_projection_info *all = layer->projections, *own = all + layer->projection_count;
-        qmoe_status status = read_projection(memory, item, own, error);
+        qmoe_source_layout *source = layer->sources + layer->projection_count;
+        qmoe_status status = read_projection(memory, item, features, own, source, error);
         if (status != QMOE_OK) {
             return status;
         }
         for (const qmoe_projection_info *other = all; other < own; other++) {
             if (equal_text(other->name, own->name) || equal_text(other->role, own->role) ||
-                equal_text(other->tensor, own->tensor)) {
+                !get_along(other, layer->sources + (other - all), own, source)) {
                 return qmoe_fail(error, QMOE_HEADER, "projections", (int64_t)layer->projection_count,
                                  "distinct names, roles and tensors");
             }
@@ -307,7 +365,8 @@ static qmoe_status read_projections(arena *memory, json_value entry, qmoe_layer_
     return QMOE_OK;
 }
 
-static qmoe_status read_layer(arena *memory, json_value entry, qmoe_layer_spec *layer, qmoe_error *error) {
+static qmoe_status read_layer(arena *memory, json_value entry, unsigned features, qmoe_layer_spec *layer,
+                              qmoe_error *error) {
     json_value dtype;
     int64_t experts = 0;
     if (!json_is_object(entry)) {
@@ -316,12 +375,20 @@ static qmoe_status read_layer(arena *memory, json_value entry, qmoe_layer_spec *
     if (layer->prefix.size == 0) {
         return qmoe_fail(error, QMOE_HEADER, "prefix", 0, "the name of a layer's experts");
     }
-    qmoe_status status = read_projections(memory, entry, layer, error);
+    qmoe_status status = read_projections(memory, entry, features, layer, error);
     if (status != QMOE_OK || (status = get_integer(entry, "experts", 1, MAXIMUM_EXPERTS, &experts, "1 to 2^24",
                                                    error)) != QMOE_OK) {
         return status;
     }
     layer->experts = (uint32_t)experts;
+    size_t length = (size_t)(entry.end - entry.start);
+    char *text = qmoe_arena_take(memory, length + 1, 1, error);
+    if (!text) {
+        return QMOE_MEMORY;
+    }
+    memcpy(text, entry.start, length);
+    text[length] = 0;
+    layer->json = text;
     if (!qmoe_json_get(entry, "dtype", &dtype) || !qmoe_dtype_bits(dtype, &layer->dtype)) {
         return qmoe_fail(error, QMOE_HEADER, "dtype", 0, "a dtype of safetensors");
     }
@@ -331,7 +398,8 @@ static qmoe_status read_layer(arena *memory, json_value entry, qmoe_layer_spec *
     return get_size(entry, "dictionaries_bytes", &layer->dictionaries_bytes, error);
 }
 
-static qmoe_status read_layers(json_value layers, qmoe_container *container, arena *memory, qmoe_error *error) {
+static qmoe_status read_layers(json_value layers, unsigned features, qmoe_container *container, arena *memory,
+                               qmoe_error *error) {
     json_value key, entry;
     container->layers = qmoe_arena_take(memory, qmoe_json_count(layers), sizeof *container->layers, error);
     if (!container->layers) {
@@ -340,7 +408,7 @@ static qmoe_status read_layers(json_value layers, qmoe_container *container, are
     while (qmoe_json_member(&layers, &key, &entry)) {
         qmoe_layer_spec *layer = container->layers + container->layer_count;
         qmoe_status status = qmoe_name_from(memory, key, &layer->prefix, error);
-        if (status == QMOE_OK && (status = read_layer(memory, entry, layer, error)) != QMOE_OK) {
+        if (status == QMOE_OK && (status = read_layer(memory, entry, features, layer, error)) != QMOE_OK) {
             qmoe_at_name(error, status, layer->prefix.bytes, layer->prefix.size);
         }
         if (status != QMOE_OK) {
@@ -352,8 +420,8 @@ static qmoe_status read_layers(json_value layers, qmoe_container *container, are
     return QMOE_OK;
 }
 
-/* What a reader must know beyond version 1.0 (spec 1.2): this one knows of nothing. */
-static qmoe_status check_requires(json_value quantization, qmoe_error *error) {
+/* What a reader must know beyond version 1.0 (spec 1.2). */
+static qmoe_status check_requires(json_value quantization, unsigned *features, qmoe_error *error) {
     json_value requires, name;
     if (!qmoe_json_get(quantization, "requires", &requires)) {
         return QMOE_OK;
@@ -366,13 +434,22 @@ static qmoe_status check_requires(json_value quantization, qmoe_error *error) {
         if (!json_is_string(name)) {
             return qmoe_fail(error, QMOE_HEADER, "requires", 0, "a list of strings");
         }
-        unknown = true;
+        if (qmoe_json_equals(name, "fused")) {
+            *features |= FEATURE_FUSED;
+        } else if (qmoe_json_equals(name, "bias")) {
+            *features |= FEATURE_BIAS;
+        } else if (qmoe_json_equals(name, "gating")) {
+            *features |= FEATURE_GATING;
+        } else {
+            unknown = true;
+        }
     }
-    return unknown ? qmoe_fail(error, QMOE_VERSION, "requires", 0, "nothing") : QMOE_OK;
+    return unknown ? qmoe_fail(error, QMOE_VERSION, "requires", 0, "bias, fused or gating") : QMOE_OK;
 }
 
 static qmoe_status parse_config(json_value config, qmoe_container *container, arena *memory, qmoe_error *error) {
     json_value quantization, method, layers, dense, key, size;
+    unsigned features = 0;
     qmoe_status status = get_object(config, "quantization_config", &quantization, error);
     if (status != QMOE_OK) {
         return status;
@@ -381,9 +458,9 @@ static qmoe_status parse_config(json_value config, qmoe_container *container, ar
         return qmoe_fail(error, QMOE_HEADER, "quant_method", 0, "\"qmoe\"");
     }
     if ((status = check_version(quantization, error)) != QMOE_OK ||
-        (status = check_requires(quantization, error)) != QMOE_OK ||
+        (status = check_requires(quantization, &features, error)) != QMOE_OK ||
         (status = get_object(quantization, "layers", &layers, error)) != QMOE_OK ||
-        (status = read_layers(layers, container, memory, error)) != QMOE_OK) {
+        (status = read_layers(layers, features, container, memory, error)) != QMOE_OK) {
         return status;
     }
     if (!qmoe_json_get(quantization, "dense_zstd", &dense)) {

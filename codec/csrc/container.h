@@ -6,8 +6,19 @@
 
 enum { MAXIMUM_PROJECTIONS = 3, MAXIMUM_EXPERTS = 1 << 24, RECORD_ALIGNMENT = 256 };
 
+/* What `requires` may name: a reader of version 1.1 knows all three. */
+enum { FEATURE_FUSED = 1, FEATURE_BIAS = 2, FEATURE_GATING = 4 };
+
+/* How a projection lies in the original checkpoint, beyond qmoe_projection_info. */
+typedef struct {
+    bool fused, transposed, interleaved;
+    const char *bias; /* "" if there is none */
+} qmoe_source_layout;
+
 /* An expert layer as config.json has it. */
 typedef struct {
+    qmoe_source_layout sources[MAXIMUM_PROJECTIONS];
+    const char *json; /* its entry in config.json */
     qmoe_name prefix;
     const char *dtype;
     uint32_t experts, projection_count;

@@ -612,6 +612,11 @@ qmoe_status qmoe_model_layer(const qmoe_model *model, size_t number, qmoe_layer_
     return QMOE_OK;
 }
 
+const char *qmoe_model_layer_json(const qmoe_model *model, size_t number) {
+    const model_layer *layer = layer_of(model, number, NULL);
+    return !layer ? NULL : layer->spec.json ? layer->spec.json : "";
+}
+
 qmoe_status qmoe_model_find_layer(const qmoe_model *model, const char *prefix, size_t *number, qmoe_error *error) {
     for (size_t i = 0; i < model->layer_count; i++) {
         if (strcmp(model->layers[i].spec.prefix.bytes, prefix) == 0) {

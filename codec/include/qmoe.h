@@ -199,7 +199,7 @@ typedef struct qmoe_layer_info {
 typedef struct qmoe_projection_info {
     const char *name;   /* such as "gate_proj" */
     const char *role;   /* "gate", "up" or "down": y = down(act(gate(x)) * up(x)), or down(act(up(x))) */
-    const char *tensor; /* name in the original checkpoint, with {expert} for the number */
+    const char *tensor; /* name in the original checkpoint, with {expert} for the number, or fused */
     uint32_t rows, columns;
 } qmoe_projection_info;
 
@@ -216,6 +216,14 @@ QMOE_API qmoe_status qmoe_model_find_layer(const qmoe_model *model, const char *
                                            qmoe_error *error);
 QMOE_API qmoe_status qmoe_model_projection(const qmoe_model *model, size_t layer, uint32_t projection,
                                            qmoe_projection_info *info, qmoe_error *error);
+/*
+ * A layer's entry in config.json, as it stands there: what the structs above do not have. The fields that matter for
+ * computing are `bias` of a projection, a tensor whose values are added to the product, and `gating` of the layer, which
+ * says what comes between the projections (spec 6.3). Without `gating` that is act(gate) * up or act(up), with the
+ * activation that the model's own configuration names. `gating` itself is left to its user to check. "" for a shard
+ * alone. NULL if there is no such layer.
+ */
+QMOE_API const char *qmoe_model_layer_json(const qmoe_model *model, size_t layer);
 QMOE_API qmoe_status qmoe_model_record(const qmoe_model *model, size_t layer, uint32_t expert, qmoe_record_info *info,
                                        qmoe_error *error);
 

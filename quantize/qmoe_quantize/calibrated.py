@@ -242,7 +242,7 @@ class StoreTernarizer:
     def group(self, layer: LayerSpec, projection: Projection, experts: range) -> MatrixGroup:
         """The problem of ternarizing the same projection of some experts."""
         weight = torch.stack(
-            [torch.from_numpy(self._checkpoint.weight(projection.tensor_name(e))) for e in experts]
+            [torch.from_numpy(self._checkpoint.matrix(layer, projection, e)) for e in experts]
         )
         return self._store.group(layer, projection, experts, weight.to(self._device), self._device)
 

@@ -17,8 +17,9 @@ from qmoe_codec.errors import (
     UnsupportedModelError,
 )
 
+from qmoe_format.container import LayerSpec, Projection
 from qmoe_format.files import is_plain_name, open_regular, os_errors, read_json_object
-from qmoe_format.safetensors_io import SafetensorsFile, TensorInfo
+from qmoe_format.safetensors_io import SafetensorsFile, TensorInfo, tensor_bytes
 
 from .config import ModelConfig
 
@@ -137,33 +138,45 @@ class SourceCheckpoint:
         """Bytes [start, start + nbytes) of :meth:`data`; only they are read."""
         return self._read(name, start, nbytes)
 
-    def weight(self, name: str) -> npt.NDArray[np.float32]:
-        """A matrix of weights as float32.
+    def matrix(self, layer: LayerSpec, projection: Projection, expert: int) -> npt.NDArray[np.float32]:
+        """An expert's matrix as float32 [rows, columns], wherever in the checkpoint it lies.
 
         Raises
         ------
         CheckpointError
-            Some are infinite or not a number.
+            Some weights are infinite or not a number.
         UnsupportedModelError
             It is of a dtype that cannot be packed.
         """
-        return self.weight_rows(name, 0, self.tensors[name].shape[0])
+        return self.matrix_rows(layer, projection, expert, 0, projection.rows)
 
-    def weight_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows [start, stop) of :meth:`weight`; only they are read."""
+    def matrix_rows(
+        self, layer: LayerSpec, projection: Projection, expert: int, start: int, stop: int
+    ) -> npt.NDArray[np.float32]:
+        """Rows [start, stop) of :meth:`matrix`; only they are read, or all of a fused tensor's expert."""
+        name, columns = projection.tensor_name(expert), projection.columns
+        if not projection.fused:
+            return self._floats(name, start * columns, (stop - start) * columns).reshape(-1, columns)
+        rows = layer.fused_rows(projection)
+        weight = self._floats(name, expert * rows.total * columns, rows.total * columns)
+        if projection.transposed:
+            weight = weight.reshape(columns, rows.total).T
+        part = weight.reshape(rows.total, columns)[rows.part(projection.rows)]
+        return np.ascontiguousarray(part[start:stop])
+
+    def _floats(self, name: str, start: int, count: int) -> npt.NDArray[np.float32]:
+        """Elements [start, start + count) of a tensor of weights."""
         tensor = self.tensors[name]
-        if tensor.dtype not in WEIGHT_DTYPES or len(tensor.shape) != 2:
+        if tensor.dtype not in WEIGHT_DTYPES:
             raise UnsupportedModelError(
-                "not a matrix of weights",
+                "no weights",
                 file=self._files[name],
                 field=name,
-                value=f"{tensor.dtype} {list(tensor.shape)}",
+                value=tensor.dtype,
                 expected=" or ".join(WEIGHT_DTYPES),
             )
-        rows, columns = tensor.shape
-        row_bytes = tensor.nbytes // rows if rows else 0
-        data = self._read(name, start * row_bytes, (stop - start) * row_bytes)
-        weight = _as_float32(data, tensor.dtype).reshape(stop - start, columns)
+        size = tensor_bytes(tensor.dtype, (1,))
+        weight = _as_float32(self._read(name, start * size, count * size), tensor.dtype)
         if weight.size and not np.isfinite((weight.min(), weight.max())).all():  # both pass NaN on
             raise CheckpointError(
                 "weights that are NaN or infinite",

@@ -12,7 +12,7 @@ from qmoe_codec.errors import CheckpointError, UnsupportedModelError
 from qmoe_format.files import read_json_object
 
 # Newer releases of transformers renamed some of these.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class ModelConfig:
                 file=file,
                 field="quantization_config",
                 value=method,
-                expected="an unquantized checkpoint",
+                expected="an unquantized checkpoint"
+                + ("; transformers makes one with Mxfp4Config(dequantize=True)" if method == "mxfp4" else ""),
             )
         return cls(file, values)
 
@@ -72,6 +73,15 @@ class ModelConfig:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self._illegal(name, "a non-negative integer")
         return value
+
+    def decimal(self, name: str, default: float) -> float:
+        """A finite number; `default` where it is absent or null."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
+            raise self._illegal(name, "a number")
+        return float(value)
 
     def truth(self, name: str, default: bool) -> bool:
         """A boolean; `default` where it is absent or null."""

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 from qmoe_codec.errors import UnsupportedModelError
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmoe_format.container import LayerSpec, Projection
 
@@ -25,7 +25,7 @@ from .dispatch import Dispatch
 from .options import HessianOptions
 from .problem import MatrixGroup
 from .ranks import Ranks
-from .streaming import Routing, StreamedModel
+from .streaming import Activation, Routing, StreamedModel
 
 PRIOR_TOKENS = 512
 """Tokens of the layer, drawn at random, that stand in for those that an expert has not seen."""
@@ -122,7 +122,7 @@ class LayerRun:
                 "experts of an unknown kind", field=layer.prefix, value=", ".join(sorted(roles))
             )
         self._gate, self._up, self._down = roles.get("gate"), roles["up"], roles["down"]
-        self._activation: nn.Module = model.activation(layer.prefix)
+        self._activation: Activation = model.activation(layer.prefix)
         routing = model.record(layer.prefix, scratch, "x" if ranks.size == 1 else "own")
         self._stage = model.stage_of(layer.prefix)
         self.calibration_tokens = model.calibration_tokens(layer.prefix)
@@ -231,7 +231,7 @@ class LayerRun:
         """Matrices of some experts as float32 [E, R, C]."""
         stacked = torch.empty(len(experts), projection.rows, projection.columns)
         for place, expert in enumerate(experts):
-            stacked[place] = torch.from_numpy(self._checkpoint.weight(projection.tensor_name(expert)))
+            stacked[place] = torch.from_numpy(self._checkpoint.matrix(self.layer, projection, expert))
         return stacked.to(self._device)
 
     def _run_group(self, experts: Sequence[int], visitor: Visitor) -> None:
@@ -280,7 +280,7 @@ class LayerRun:
         row_weight: Tensor,
     ) -> MatrixGroup:
         return MatrixGroup(
-            names=tuple(projection.tensor_name(expert) for expert in experts),
+            names=tuple(projection.matrix_name(expert) for expert in experts),
             weight=weight,
             hessian=hessian,
             prior=prior,

@@ -19,10 +19,11 @@ from qmoe_codec import DictionarySet
 from qmoe_codec.errors import ArgumentError, CheckpointError, HeaderError, QMoEError
 from qmoe_codec.layout import LEVEL_FORMATS
 
-from qmoe_format.container import LayerSpec
+from qmoe_format.container import LayerSpec, Projection
 from qmoe_format.paths import refuse_overlap
 from qmoe_format.reader import open_model
 from qmoe_format.resume import Resume
+from qmoe_format.safetensors_io import tensor_bytes
 from qmoe_format.writer import PackedModelWriter, WrittenLayer, shard_name
 
 from .checkpoint import SourceCheckpoint, locate
@@ -47,7 +48,7 @@ CALIBRATED_METHODS = ("qmoe", "rd")
 METHODS = ("nearest", *CALIBRATED_METHODS)
 DENSE_MODES = ("copy", "zstd")
 
-ExpertWeights = Callable[[str], npt.NDArray[np.float32]]
+ExpertWeights = Callable[[LayerSpec, Projection, int], npt.NDArray[np.float32]]
 Progress = Callable[[int, int], None]
 """Told how many bytes of the source are done, and how many there are."""
 
@@ -172,7 +173,7 @@ class NearestTernarizer:
     Parameters
     ----------
     weights : callable
-        Reads a matrix by its tensor's name: float32 [rows, columns], finite.
+        Reads an expert's matrix: float32 [rows, columns], finite.
     levels, level_format : str
         As for :func:`qmoe_quantize.nearest.ternarize`.
     threads : int
@@ -223,9 +224,7 @@ class NearestTernarizer:
             pool.shutdown(cancel_futures=True)
 
     def _expert(self, layer: LayerSpec, number: int) -> TernaryExpert:
-        return TernaryExpert(
-            tuple(self._matrix(self._weights(p.tensor_name(number))) for p in layer.projections)
-        )
+        return TernaryExpert(tuple(self._matrix(self._weights(layer, p, number)) for p in layer.projections))
 
     def _matrix(self, weight: npt.NDArray[np.float32]) -> TernaryMatrix:
         trits, levels = ternarize(weight, self._levels, self._level_format)
@@ -533,7 +532,7 @@ def expert_layers(config: ModelConfig, tensors: TensorTable) -> list[LayerSpec]:
             raise CheckpointError(
                 "missing from the checkpoint",
                 file=config.directory,
-                field=implied.projections[0].tensor_name(0),
+                field=implied.projections[0].matrix_name(0),
                 expected="experts in this layer, as config.json says",
             )
         for found, expected in zip(layer.projections, implied.projections, strict=True):
@@ -541,7 +540,7 @@ def expert_layers(config: ModelConfig, tensors: TensorTable) -> list[LayerSpec]:
                 raise CheckpointError(
                     "not the shape that config.json implies",
                     file=config.directory,
-                    field=found.tensor_name(0),
+                    field=found.matrix_name(0),
                     value=[found.rows, found.columns],
                     expected=[expected.rows, expected.columns],
                 )
@@ -550,13 +549,13 @@ def expert_layers(config: ModelConfig, tensors: TensorTable) -> list[LayerSpec]:
 
 def dense_tensors(tensors: TensorTable, layers: list[LayerSpec]) -> list[str]:
     """Names of the tensors that belong to no expert, in the order of `tensors`."""
-    of_experts = {
-        projection.tensor_name(expert)
-        for layer in layers
-        for projection in layer.projections
-        for expert in range(layer.experts)
-    }
+    of_experts = {name for layer in layers for name in layer.tensor_names()}
     return [name for name in tensors if name not in of_experts]
+
+
+def _source_bytes(layer: LayerSpec) -> int:
+    """Bytes of an expert in the source."""
+    return tensor_bytes(layer.dtype, (sum(p.rows * p.columns for p in layer.projections),))
 
 
 class _Run:
@@ -651,7 +650,7 @@ class _Run:
         options = self._options
         if evidence is None:
             return NearestTernarizer(
-                self._checkpoint.weight,
+                self._checkpoint.matrix,
                 options.levels,
                 options.level_format,
                 options.thread_count,
@@ -695,7 +694,7 @@ class _Run:
         for expert, ternary in ternarizer.layer(layer):
             mine.append(self._encode(layer, expert, ternary, dictionaries))
             if self._progress:  # the others are about as far
-                nbytes = self._source_bytes(layer, expert)
+                nbytes = _source_bytes(layer)
                 before += nbytes * self._ranks.size
                 self._progress(min(before, self.summary.source_bytes), self.summary.source_bytes)
         return write_together(self._ranks, number % self._ranks.size, path, layer, mine, dictionaries)
@@ -718,7 +717,7 @@ class _Run:
             weights, zeros = matrix.trits.size, matrix.trits.size - int(np.count_nonzero(matrix.trits))
             norm = matrix.squared_norm
             line: dict[str, object] = {
-                "tensor": projection.tensor_name(number),
+                "tensor": projection.matrix_name(number),
                 "layer": layer.prefix,
                 "expert": number,
                 "projection": projection.name,
@@ -742,14 +741,10 @@ class _Run:
             summary.squared_error += matrix["squared_error"]
             summary.squared_norm += matrix["squared_norm"]
             summary.matrices.append(matrix["line"])
-        nbytes = self._source_bytes(layer, expert.number)
+        nbytes = _source_bytes(layer)
         summary.experts += 1
         summary.expert_source_bytes += nbytes
         self._advance(nbytes)
-
-    def _source_bytes(self, layer: LayerSpec, expert: int) -> int:
-        names = (projection.tensor_name(expert) for projection in layer.projections)
-        return sum(self._checkpoint.tensors[name].nbytes for name in names)
 
     def add_dense(self, writer: PackedModelWriter, name: str) -> None:
         tensor = self._checkpoint.tensors[name]

@@ -144,8 +144,8 @@ class _Sample:
         parts = []
         for number, layer in enumerate(chosen):
             expert = number * layer.experts // len(chosen)
-            name = layer.projection(projection.name).tensor_name(expert)
-            parts.append(self.checkpoint.weight_rows(name, start, start + each))
+            own = layer.projection(projection.name)
+            parts.append(self.checkpoint.matrix_rows(layer, own, expert, start, start + each))
         return np.concatenate(parts)
 
     def dense(self, name: str, dtype: str, elements: int) -> bytes:

@@ -1,7 +1,7 @@
 """The tensors that a ``config.json`` implies, so that a plan can be made before the weights are there.
 
 The names and shapes are those that transformers writes; biases and norms included, since together they are
-what the dense part of a packed model weighs.
+what the dense part of a packed model weighs. Where this module does not know a family, transformers is asked.
 """
 
 from __future__ import annotations
@@ -34,10 +34,21 @@ def tensors_of(config: ModelConfig) -> dict[str, PlannedTensor]:
         The architecture is not supported.
     CheckpointError
         `config` lacks a value, or one is illegal.
+    MissingPackageError
+        transformers has to be asked, and is not installed.
     """
     family_of(config)
-    model = _switch if config.text("model_type") == "switch_transformers" else _decoder
-    return {name: PlannedTensor(config.dtype, shape) for name, shape in model(config)}
+    kind = config.text("model_type")
+    shapes: Named
+    if kind == "switch_transformers":
+        shapes = _switch(config)
+    elif kind in _DECODERS:
+        shapes = _decoder(config)
+    else:
+        from .upstream import shapes_of
+
+        shapes = shapes_of(config)
+    return {name: PlannedTensor(config.dtype, shape) for name, shape in shapes}
 
 
 def _decoder(config: ModelConfig) -> Named:
@@ -81,12 +92,14 @@ def _attention(config: ModelConfig, name: str) -> Named:
     hidden, heads = config.number("hidden_size"), config.number("num_attention_heads")
     groups = config.number("num_key_value_heads", heads)
     size = config.number("head_dim", hidden // max(1, heads))
-    bias = config.truth("attention_bias", False)
+    bias = config.truth("attention_bias", kind == "gpt_oss")
     query_bias = config.truth("qkv_bias", True) if kind == "qwen2_moe" else bias
     yield from _linear(f"{name}.q_proj", heads * size, hidden, query_bias)
     yield from _linear(f"{name}.k_proj", groups * size, hidden, query_bias)
     yield from _linear(f"{name}.v_proj", groups * size, hidden, query_bias)
     yield from _linear(f"{name}.o_proj", hidden, heads * size, bias)
+    if kind == "gpt_oss":
+        yield f"{name}.sinks", (heads,)
     if kind == "olmoe":
         yield f"{name}.q_norm.weight", (heads * size,)
         yield f"{name}.k_norm.weight", (groups * size,)
@@ -156,6 +169,16 @@ def _mixtral_mixture(config: ModelConfig, layer: str) -> Named:
         yield from _gated_mlp(f"{name}.experts.{expert}", hidden, width, ("w1", "w3", "w2"))
 
 
+def _gpt_oss_mixture(config: ModelConfig, layer: str) -> Named:
+    """GPT-OSS: all experts in two tensors, transposed, gate and up in turns, with biases."""
+    hidden, width, experts = config.number("hidden_size"), config.number("intermediate_size"), config.experts
+    yield from _linear(f"{layer}.mlp.router", experts, hidden, bias=True)
+    yield f"{layer}.mlp.experts.gate_up_proj", (experts, hidden, 2 * width)
+    yield f"{layer}.mlp.experts.gate_up_proj_bias", (experts, 2 * width)
+    yield f"{layer}.mlp.experts.down_proj", (experts, width, hidden)
+    yield f"{layer}.mlp.experts.down_proj_bias", (experts, hidden)
+
+
 def _every_layer(config: ModelConfig, number: int) -> bool:
     return True
 
@@ -177,6 +200,7 @@ _DECODERS: dict[str, tuple[Part, Part, Callable[[ModelConfig, int], bool]]] = {
     "qwen2_moe": (_attention, _qwen_mixture, _qwen_step),
     "qwen3_moe": (_attention, _qwen_mixture, _qwen_step),
     "mixtral": (_attention, _mixtral_mixture, _every_layer),
+    "gpt_oss": (_attention, _gpt_oss_mixture, _every_layer),
     "deepseek_v2": (_latent_attention, _deepseek_mixture, _deepseek_step),
     "deepseek_v3": (_latent_attention, _deepseek_mixture, _deepseek_step),
 }

@@ -317,7 +317,7 @@ class Store:
             return torch.from_numpy(self.array(layer.prefix, name, part)).to(device)
 
         return MatrixGroup(
-            names=tuple(projection.tensor_name(expert) for expert in experts),
+            names=tuple(projection.matrix_name(expert) for expert in experts),
             weight=weight,
             hessian=read(f"{inputs}/hessian"),
             prior=read(f"{inputs}/prior"),

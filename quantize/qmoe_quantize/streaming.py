@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from .ranks import Ranks
 from .text import TokenWindows
 
 MEMORY = "memory"  # what an encoder gives to its decoder
+Activation = Callable[[Tensor], Tensor]
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -133,7 +134,7 @@ class StreamedModel:
         self._dtype = COMPUTE_DTYPES[options.dtype]
         self._batch = options.batch_windows(windows.tokens.shape[1])
         self._model, self._sources = _build(checkpoint, self._dtype)
-        self._activations_of: dict[str, nn.Module] = {}
+        self._activations_of: dict[str, Activation] = {}
         self._recorders: dict[str, ExpertsRecorder] = {}
         places = self._put_recorders(layers)
         self._stacks = _stacks(self._model, checkpoint, windows)
@@ -174,9 +175,18 @@ class StreamedModel:
         ]
         places = {}
         for layer in layers:
-            name = module_name(self._model, layer.prefix, renamings)
+            name = module_name(self._model, layer, renamings)
             module = self._model.get_submodule(name)
-            self._activations_of[layer.prefix] = experts_activation(module, layer)
+            activation = experts_activation(module, layer)
+            if activation is None or "bias" in layer.features:
+                raise UnsupportedModelError(
+                    "experts with biases or a gating of their own are not calibrated yet",
+                    file=self._checkpoint.directory,
+                    field=layer.prefix,
+                    value=type(module).__name__,
+                    expected="--method nearest, without --calib",
+                )
+            self._activations_of[layer.prefix] = activation
             recorder = ExpertsRecorder(layer.experts, one_hot=is_switch(module))
             self._recorders[layer.prefix] = recorder
             self._model.set_submodule(name, recorder)
@@ -251,7 +261,7 @@ class StreamedModel:
         """The layer that the experts `prefix` belong to."""
         return self._stage_of[prefix]
 
-    def activation(self, prefix: str) -> nn.Module:
+    def activation(self, prefix: str) -> Activation:
         """What the experts `prefix` compute between their projections."""
         return self._activations_of[prefix]
 
