@@ -26,6 +26,7 @@ import qmoe_codec
 import torch
 import zstandard
 from format_rate import SHAPES, exact_matrix, five_per_byte
+from machine import processor
 from qmoe_codec import DictionarySet, Matrix, encode
 from tqdm import tqdm
 
@@ -214,15 +215,6 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-def processor() -> str:
-    """Name of the processor, as far as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    names = information.read_text().splitlines() if information.exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in names if line.startswith("model name")), platform.machine()
-    )
 
 
 def main() -> int:

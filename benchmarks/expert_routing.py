@@ -23,7 +23,7 @@ import numpy as np
 import qmoe_codec
 import torch
 import transformers
-from cpu import processor
+from machine import processor
 from offload import Throttle, ThrottledFile
 
 import qmoe_format

@@ -26,7 +26,7 @@ import moe_models
 import qmoe_codec
 import torch
 import transformers
-from cpu import processor
+from machine import processor
 from tqdm import tqdm
 
 import qmoe_format

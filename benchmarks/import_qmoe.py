@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import processor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import published_models
@@ -51,12 +52,6 @@ def run(source: Path, out: Path, keep_codes: bool) -> dict[str, object]:
     summary = import_published(source, out, keep_codes=keep_codes)
     seconds = time.perf_counter() - start
     return {**summary.to_json(), "seconds": seconds, "peak_megabytes": (status("VmHWM") - before) / 1024}
-
-
-def processor() -> str:
-    """What Linux calls the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def status(name: str) -> int:

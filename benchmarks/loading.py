@@ -30,7 +30,7 @@ import moe_models
 import qmoe_codec
 import torch
 import transformers
-from cpu import processor
+from machine import processor
 from offload import drop_page_cache
 
 from qmoe_format.transformers import load

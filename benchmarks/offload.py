@@ -40,7 +40,7 @@ import numpy as np
 import qmoe_codec
 import torch
 import transformers
-from cpu import processor
+from machine import processor
 from tqdm import tqdm
 
 import qmoe_format

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import qmoe_codec
+from machine import processor
 
 import qmoe_format
 from qmoe_format import LayerSpec, PackedModelWriter, Projection
@@ -30,14 +31,6 @@ HIDDEN, WIDTH = 4096, 2048
 SHAPES = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
 # Share of zeros and bits of the dictionary; bits 0 is the raw codec.
 EXPERTS = {"8 bits": (0.80, 8), "10 bits": (0.885, 10), "12 bits": (0.92, 12), "raw": (0.40, 0)}
-
-
-def processor() -> str:
-    """Name of the processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def write_experts(out: Path, megabytes: int, p_zero: float, bits: int) -> None:
