@@ -1,5 +1,6 @@
 """Packing and unpacking whole checkpoints: exact, deterministic, and nothing lost when something fails."""
 
+import hashlib
 import json
 import os
 import signal
@@ -36,8 +37,9 @@ from qmoe_format.unpack import unpack
 FAMILIES = sorted(CONFIGS.keys() - FUSED)
 
 
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
+def files_of(directory: Path) -> dict[str, str]:
+    """Digests, since pytest takes minutes to say how long bytes differ."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
 
 
 def load_all(directory: Path) -> dict[str, torch.Tensor]:

@@ -101,6 +101,8 @@ def test_published_models(tmp_path: Path) -> None:
         ({"model_type": "llama"}, UnsupportedModelError),
         ({"quantization_config": {"quant_method": "qmoe"}}, UnsupportedModelError),
         ({"hidden_size": None}, CheckpointError),
+        ({"num_hidden_layers": 10**30}, CheckpointError),
+        ({"num_experts": 10**30, "num_experts_per_tok": 1}, CheckpointError),
     ],
 )
 def test_bad_configurations(change: dict[str, Any], kind: type[QMoEError], tmp_path: Path) -> None:

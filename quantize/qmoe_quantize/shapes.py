@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from qmoe_codec.errors import CheckpointError
+
 from .config import ModelConfig
 from .families import family_of
+
+MOST_TENSORS = 1_000_000  # DeepSeek-V3 has 45 thousand; a configuration is not trusted
 
 Named = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -33,7 +37,7 @@ def tensors_of(config: ModelConfig) -> dict[str, PlannedTensor]:
     UnsupportedModelError
         The architecture is not supported.
     CheckpointError
-        `config` lacks a value, or one is illegal.
+        `config` lacks a value, or one is illegal, or it implies more than a million tensors.
     MissingPackageError
         transformers has to be asked, and is not installed.
     """
@@ -48,7 +52,17 @@ def tensors_of(config: ModelConfig) -> dict[str, PlannedTensor]:
         from .upstream import shapes_of
 
         shapes = shapes_of(config)
-    return {name: PlannedTensor(config.dtype, shape) for name, shape in shapes}
+    tensors: dict[str, PlannedTensor] = {}
+    for name, shape in shapes:
+        if len(tensors) == MOST_TENSORS:
+            raise CheckpointError(
+                "implies more tensors than any model has",
+                file=config.file,
+                field="layers, experts",
+                expected=f"at most {MOST_TENSORS} tensors",
+            )
+        tensors[name] = PlannedTensor(config.dtype, shape)
+    return tensors
 
 
 def _decoder(config: ModelConfig) -> Named:
