@@ -335,7 +335,7 @@ class PackedLayer:
             Its name, such as ``gate_proj``.
         verify : bool
             Check checksum and payload as well; the header, its fit to the layer, and the row index are
-            always checked. That reads the whole frame, at 1.9 GB/s of one core or more, and so takes three to
+            always checked. That reads the whole frame, at 2.2 GB/s of one core or more, and so takes three to
             six times as long (``benchmarks/results/verify.json``).
 
         Raises

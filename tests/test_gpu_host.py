@@ -373,27 +373,84 @@ def damage(matrices: PackedMatrices, rng: np.random.Generator) -> None:
     )
 
 
-def run_damaged(device: HostDevice, rng: np.random.Generator, bits: int, rounds: int) -> None:
+def run_kernels(
+    device: HostDevice, rng: np.random.Generator, matrices: PackedMatrices, rows: int, columns: int
+) -> None:
     """No kernel may write outside of its output, or run for ever; the shim watches shared memory."""
+    out, memory = guarded(device, (1, rows, columns), "int8")
+    launch_decode(matrices, out, "int8")
+    check_guard(memory)
+    assert np.isin(out, (-1, 0, 1)).all()  # every byte was written
+    for tokens in (1, 8):
+        x = device.upload(rng.normal(size=(tokens, columns)).astype(np.float32))
+        y, memory = guarded(device, (tokens, rows), "float32")
+        launch_matmul(matrices, x, y, tokens, ("float32", "float32"))
+        check_guard(memory)
+
+
+def run_damaged(device: HostDevice, rng: np.random.Generator, bits: int, rounds: int) -> None:
     for number in range(rounds):
         rows, columns = SHAPES[1 + number % 3]
         packed = pack(rng, rows, columns, bits, count=1 + number % 4, level_format="e4m4")
         matrices = PackedMatrices([packed.frame], packed.dictionaries, device)
         damage(matrices, rng)
-        out, memory = guarded(device, (1, rows, columns), "int8")
-        launch_decode(matrices, out, "int8")
-        check_guard(memory)
-        assert np.isin(out, (-1, 0, 1)).all()  # every byte was written
-        for tokens in (1, 8):
-            x = device.upload(rng.normal(size=(tokens, columns)).astype(np.float32))
-            y, memory = guarded(device, (tokens, rows), "float32")
-            launch_matmul(matrices, x, y, tokens, ("float32", "float32"))
-            check_guard(memory)
+        run_kernels(device, rng, matrices, rows, columns)
 
 
 @pytest.mark.parametrize("bits", [0, 8, 10, 12, 16])
 def test_damaged_frames_stay_within_bounds(device: HostDevice, bits: int) -> None:
     run_damaged(device, np.random.default_rng(), bits, 3)
+
+
+def spoiled(fault: str, frame: bytes) -> np.ndarray:
+    """Bytes of a frame with this fault, from the first of its section on."""
+    header = qmoe_codec.read_frame_header(frame)
+    bases, counts, selectors = header.row_index_parts
+    index = header.row_index_start
+    start, size = {
+        "bases that do not rise": (index, bases),
+        "bases past the codewords": (index, bases),
+        "counts past the codewords": (index + bases, counts),
+        "no counts": (index + bases, counts),
+        "selectors of no dictionary": (index + bases + counts, selectors),
+    }.get(fault, (header.codewords_start, header.codewords_size))
+    whole = np.frombuffer(frame, np.uint8).copy()
+    section = whole[start : start + size]
+    assert size
+    if fault == "bases that do not rise":
+        section[:] = section.view("<u4")[::-1].copy().view(np.uint8)
+    else:
+        section[:] = 0 if fault == "no counts" else 255
+    assert bytes(whole) != frame
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("fault", "bits"),
+    [
+        ("bases that do not rise", 10),
+        ("bases past the codewords", 10),
+        ("counts past the codewords", 10),
+        ("no counts", 10),
+        ("selectors of no dictionary", 10),
+        ("codewords of no phrase, of length 0", 8),
+        ("codewords of no phrase, of length 0", 12),
+        ("trits of no digit", 0),
+    ],
+)
+def test_payload_faults(device: HostDevice, fault: str, bits: int) -> None:
+    """Faults of test_faults.py that lie in a body: the CPU refuses them, the kernels stay within bounds."""
+    rng = np.random.default_rng(1)
+    rows, columns = 200, 301
+    packed = pack(rng, rows, columns, bits, count=3)
+    whole = spoiled(fault, packed.frame)
+    whole[56:60] = np.frombuffer(qmoe_codec.crc32c(whole[64:]).to_bytes(4, "little"), np.uint8)
+    whole[60:64] = np.frombuffer(qmoe_codec.crc32c(whole[:60]).to_bytes(4, "little"), np.uint8)
+    with pytest.raises((qmoe_codec.RowIndexError, qmoe_codec.PayloadError)):
+        qmoe_codec.Matrix(whole, packed.dictionaries)
+    matrices = PackedMatrices([packed.frame], packed.dictionaries, device)
+    matrices.store[: len(whole)] = whole
+    run_kernels(device, rng, matrices, rows, columns)
 
 
 SANITIZED = """
