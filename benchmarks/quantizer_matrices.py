@@ -4,10 +4,11 @@
 
 MODEL reads bytes, as those of benchmarks/train_models.py do. Both recipes get the same level format and the
 same Hessians, of windows from the first 95 % of Python's standard library. Bits are the entropy of each
-row's trits; the error is the mean squared error in the layer's output over windows of the rest, and is
-given for experts that some of those reach. `rd` runs at lambdas a third of a decade apart until the bits of
-`qmoe` lie between two of them for every matrix; its error there is interpolated. A matrix in which it never
-takes so many bits counts with the most that it takes.
+row's trits; the error is the mean squared error in the layer's output over windows of the rest: over the
+tokens that the router sends to the expert, or, where they are fewer than 32, over a sample of all the
+layer's, run through the expert. `rd` runs at lambdas a third of a decade apart until the bits of `qmoe` lie
+between two of them for every matrix; its error there is interpolated. A matrix in which it never takes so
+many bits counts with the most that it takes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from tqdm import tqdm
 RESULTS = Path(__file__).resolve().parent / "results"
 STEPS_PER_DECADE = 3
 MOST_STEPS = 30
+FEWEST_TOKENS = 32
 
 
 def entropy_bits(matrix: TernaryMatrix) -> float:
@@ -108,13 +110,15 @@ def compare(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             group, held_out = (source.group(layer, projection, range(layer.experts)) for source in sources)
             paper = ternarize_group(group, RecipeSettings("qmoe", options.level_format))
             runs = around(group, paper, settings)
+            reached = held_out.tokens >= FEWEST_TOKENS
+            judge = torch.where(reached[:, None, None], held_out.hessian, held_out.prior)
+            held_out = replace(held_out, hessian=judge)
             for expert in range(layer.experts):
-                if not error(paper[expert], held_out, expert):
-                    continue
                 rows.append(
                     {
                         "tensor": projection.tensor_name(expert),
                         "tokens": int(group.tokens[expert]),
+                        "held_out_tokens": int(held_out.tokens[expert]),
                         "bits": entropy_bits(paper[expert]),
                         "ratio": ratio(paper[expert], runs[expert], held_out, expert),
                     }
@@ -127,6 +131,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    few = [row for row in rows if row["held_out_tokens"] < FEWEST_TOKENS]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -134,6 +139,12 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         points = [(max(1, row["tokens"]), row["ratio"]) for row in rows if f".{kind}" in row["tensor"]]
         if points:
             axes.scatter(*zip(*points, strict=True), s=14, marker=marker, label=kind, alpha=0.7)
+    if few:
+        points = [(max(1, row["tokens"]), row["ratio"]) for row in few]
+        label = "over all the layer's tokens"
+        axes.scatter(
+            *zip(*points, strict=True), s=60, marker="o", facecolors="none", edgecolors="black", label=label
+        )
     axes.axhline(1.0, color="black", linewidth=0.8)
     highest = max([1.0, *(row["ratio"] for row in rows)])
     axes.set(xscale="log", ylim=(0, 1.05 * highest), xlabel="tokens that the expert saw")
@@ -168,6 +179,7 @@ def main() -> None:
         "windows": options.samples,
         "length": options.length,
         "level_format": options.level_format,
+        "fewest_held_out_tokens": FEWEST_TOKENS,
         "median": float(np.median(ratios)),
         "worst": float(ratios.max()),
         "matrices": [

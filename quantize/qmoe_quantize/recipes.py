@@ -30,6 +30,10 @@ STARTS = (1.8, 2.4, 3.2)
 """Levels that `rd` starts from, in standard deviations of the row; the row's extremes are one more start."""
 FIRST_NONZERO_BITS = 2.5
 """What a non-zero is taken to cost beyond a zero before a row has been ternarized once: about p(0) = 0.74."""
+PRIOR_SHARE = 1 / 2
+"""Tokens that the router sends to an expert are alike: a sample of all tokens must not outweigh them."""
+LEAST_PRIOR = 1 / 4
+"""Of :attr:`RecipeSettings.shrinkage`: few tokens say little, even if they are alike."""
 DENSITY_WEIGHTS = 32
 """A row's density of zeros is estimated as if it had this many more weights, of the matrix's mean density."""
 
@@ -48,7 +52,8 @@ class RecipeSettings:
     damp : float
         Share of the mean of the Hessian's diagonal that is added to it; 0.1 in the paper.
     shrinkage : float
-        For `rd`: how many tokens the prior Hessian counts for beside those that an expert has seen.
+        For `rd`: how many tokens the prior Hessian counts for beside those that an expert has seen, at most:
+        it counts for :data:`PRIOR_SHARE` of those, and for no less than :data:`LEAST_PRIOR` of `shrinkage`.
     sweeps : int
         For `rd`: sweeps of coordinate descent, each after the levels are fitted again.
     rules : tuple of (str, dict)
@@ -183,7 +188,9 @@ class Problem:
     def of(cls, group: MatrixGroup, settings: RecipeSettings) -> Problem:
         """Damp and factor the Hessians; `rd` adds the prior before."""
         hessian = group.hessian
-        share = settings.shrinkage / group.calibration_tokens
+        most = settings.shrinkage
+        counted = (PRIOR_SHARE * group.tokens).clamp(LEAST_PRIOR * most, most)
+        share = (counted / group.calibration_tokens).to(hessian)[:, None, None]
         if settings.method == "rd":
             hessian = hessian + share * group.prior
         fallbacks: dict[int, str] = {}
