@@ -542,7 +542,8 @@ def test_a_wanted_rate_is_met(tmp_path: Path) -> None:
     )
     steps: list[tuple[int, int]] = []
     summary = pack(source, tmp_path / "out", chosen, searching=lambda *step: steps.append(step))
-    assert summary.bits_per_weight == pytest.approx(1.6, rel=0.02)
+    # Some rows of five experts of 64 x 64 say no more: a frame has few bytes, and they are rounded up.
+    assert summary.bits_per_weight == pytest.approx(1.6, rel=0.03)
     # Two looks at least at all five experts, and a bar that rises to its end
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1] >= 2 * 5
