@@ -371,7 +371,7 @@ def test_down_is_told_what_the_projections_before_it_have_lost(tmp_path: Path) -
     for _, run in streamed.run(layer, look):
         x, sample = run._scratch.read("x", 0, windows.tokens.size), run._sample
         selection = run._selections[1]
-    gate, up, _ = (torch.from_numpy(checkpoint.weight(p.tensor_name(1))) for p in layer.projections)
+    gate, up, _ = (torch.from_numpy(checkpoint.matrix(layer, p, 1)) for p in layer.projections)
     group = look.groups[layer.projections[2].tensor_name(1)]
     assert look.groups[layer.projections[0].tensor_name(1)].drift is None
     assert group.drift is not None and group.prior_drift is not None
