@@ -7,6 +7,7 @@ experts and the dense layers.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -287,13 +288,19 @@ def held_bytes(shape: Shape, settings: RecipeSettings) -> int:
     """What the recipe holds at most for a group, beside the group itself: from a smaller one alike."""
     experts, rows, columns = shape
     shrink = max(1.0, columns / SHRUNKEN)
-    small = (1, max(1, round(rows / shrink)), max(1, round(columns / shrink)))
+    small = (max(1, round(rows / shrink)), max(1, round(columns / shrink)))
     once = replace(settings, rules=(), lam=settings.lam or 1e-6, sweeps=min(1, settings.sweeps))
-    group = problem(small)
+    small_elements = small[1] * (small[0] + small[1])
+    return round(_most_held(*small, once) * experts * columns * (rows + columns) / small_elements)
+
+
+@functools.cache  # layers are mostly alike
+def _most_held(rows: int, columns: int, settings: RecipeSettings) -> int:
+    """What operators hold at most while the recipe runs on one matrix."""
+    group = problem((1, rows, columns))
     with bytes_held() as held:
-        ternarize_group(group, once)
-    small_elements = small[2] * (small[1] + small[2])
-    return round(held.most * experts * columns * (rows + columns) / small_elements)
+        ternarize_group(group, settings)
+    return held.most
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -460,7 +467,9 @@ class _Run:
         most = 0
         for projection in layer.projections:
             shape = (size, projection.rows, projection.columns)
-            hessians = 2 * 4 * size * projection.columns**2
+            # Of the experts and the prior; `rd` takes the drift of the last projection's inputs too
+            drifts = self._streamed and self._settings.method == "rd" and projection.role == "down"
+            hessians = (4 if drifts else 2) * 4 * size * projection.columns**2
             most = max(most, hessians + held_bytes(shape, self._settings))
         # As they were and as they are now, float32; trits until they are encoded
         return 2 * 4 * weights + weights + most + self._chunk_bytes(layer)
