@@ -85,6 +85,10 @@ class PackedSaver:
                 file=spread[0].layer.prefix,
             )
         modules = packed_modules(self._model)
+        if cached := [prefix for prefix, module in modules.items() if module.cached is not None]:
+            raise UnsupportedModelError(
+                "experts in an expert cache are not saved again: copy the directory", file=cached[0]
+            )
         out = Path(save_directory)
         out.parent.mkdir(parents=True, exist_ok=True)
         is_empty = out.is_dir() and not any(out.iterdir())
@@ -120,16 +124,11 @@ def packed_modules(model: Any) -> dict[str, QMoEExperts]:
 
 def _packed_layer(module: QMoEExperts) -> PackedLayer:
     """What lies in the buffers of a module."""
-    prefix = module.layer.prefix
-    if module.cached is not None:
-        raise UnsupportedModelError(
-            "experts in an expert cache are not saved again: copy the directory", file=prefix
-        )
     store, index, dictionaries = (
         getattr(module, name).detach().cpu().contiguous().numpy()
         for name in ("qmoe_store", "qmoe_index", "qmoe_dictionaries")
     )
-    return PackedLayer(module.layer, store.data, index, dictionaries.data, place=prefix)
+    return PackedLayer(module.layer, store.data, index, dictionaries.data, place=module.layer.prefix)
 
 
 def _records(layer: PackedLayer) -> Iterator[tuple[list[bytes], int]]:
