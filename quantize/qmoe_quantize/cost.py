@@ -48,6 +48,7 @@ Shape = tuple[int, int, int]
 
 REHEARSED: tuple[Shape, ...] = (
     (2, 16, 64), (2, 16, 256), (1, 16, 640), (8, 128, 128), (16, 256, 128), (1, 256, 512),
+    (1, 64, 1536),
 )  # fmt: skip
 """Small problems that differ in what takes the time."""
 PRODUCT = 1024  # rows and columns of the products that are timed
