@@ -10,20 +10,16 @@ products and the reads are real, attention is left out. Reads: see ``offload.py`
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import moe_models
 import numpy as np
-import qmoe_codec
 import torch
 import transformers
-from machine import processor
+from machine import write_record
 from offload import Throttle, ThrottledFile
 
 import qmoe_format
@@ -112,24 +108,15 @@ def main() -> int:
         path = moe_models.packed_in((arguments.folder or Path(temporary)) / "replayed", config)
         lines = replay(path, experts, routes, [None, *(1e6 * rate for rate in arguments.rates)])
     if arguments.json:
-        record = {
-            "benchmark": "expert_routing",
-            "date": date.today().isoformat(),
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "kernels": qmoe_codec.kernels_name(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "routing": f"{arguments.trained.name}: {routes.shape[1]} layers x {experts} experts, "
+        write_record(
+            arguments.json,
+            "expert_routing",
+            threads=torch.get_num_threads(),
+            routing=f"{arguments.trained.name}: {routes.shape[1]} layers x {experts} experts, "
             f"{routes.shape[2]} per token, {TOKENS - WARM} tokens counted",
-            "experts": f"3 x {WIDTH} x {HIDDEN}",
-            "results": lines,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            experts=f"3 x {WIDTH} x {HIDDEN}",
+            results=lines,
+        )
     return 0
 
 

@@ -12,21 +12,17 @@ token after the other for a batch of sequences. Medians; the contestants take tu
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import moe_models
-import qmoe_codec
 import torch
 import transformers
-from machine import processor
+from machine import write_record
 from tqdm import tqdm
 
 import qmoe_format
@@ -159,25 +155,16 @@ def main() -> int:
         lines = contest(models, arguments.rounds)
         sizes = moe_models.sizes_of(path)
     if arguments.json:
-        record = {
-            "benchmark": "generation",
-            "date": date.today().isoformat(),
-            "processor": processor(),
-            "threads": arguments.threads,
-            "kernels": qmoe_codec.kernels_name(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "model": f"OLMoE, {LAYERS} layers x {EXPERTS} experts of 3 x {WIDTH} x {HIDDEN}, "
+        write_record(
+            arguments.json,
+            "generation",
+            threads=arguments.threads,
+            model=f"OLMoE, {LAYERS} layers x {EXPERTS} experts of 3 x {WIDTH} x {HIDDEN}, "
             f"p(0) = {moe_models.P_ZERO}; packed experts with bfloat16 dense tensors",
-            "bytes": sizes,
-            "rounds": arguments.rounds,
-            "results": lines,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            bytes=sizes,
+            rounds=arguments.rounds,
+            results=lines,
+        )
     return 0
 
 

@@ -15,22 +15,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import moe_models
-import qmoe_codec
 import torch
 import transformers
-from machine import processor
+from machine import write_record
 from offload import drop_page_cache
 
 from qmoe_format.transformers import load
@@ -171,25 +168,16 @@ def main() -> int:
         times = measure_time(path)
         memory = measure_memory(folder, path, sizes)
     if arguments.json:
-        record = {
-            "benchmark": "loading",
-            "date": date.today().isoformat(),
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "kernels": qmoe_codec.kernels_name(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "model": f"{LAYERS} layers x {EXPERTS} experts of 3 x {WIDTH} x {HIDDEN}, bfloat16 dense tensors",
-            "bytes": sizes,
-            "repeats": REPEATS,
-            "seconds": times,
-            "memory": memory,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(
+            arguments.json,
+            "loading",
+            threads=torch.get_num_threads(),
+            model=f"{LAYERS} layers x {EXPERTS} experts of 3 x {WIDTH} x {HIDDEN}, bfloat16 dense tensors",
+            bytes=sizes,
+            repeats=REPEATS,
+            seconds=times,
+            memory=memory,
+        )
     return 0
 
 

@@ -19,9 +19,7 @@ routing of a trained model is measured by ``expert_routing.py``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,7 +29,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +37,7 @@ import numpy as np
 import qmoe_codec
 import torch
 import transformers
-from machine import processor
+from machine import processor, write_record
 from tqdm import tqdm
 
 import qmoe_format
@@ -327,23 +324,14 @@ def main() -> int:
         title = f"{machine}\ncache of {result['cache_bytes'] / 1e6:.1f} MB, a quarter of the packed experts; "
         draw(result, arguments.plot, title + "dashed: packed, all in memory")
     if arguments.json:
-        record = {
-            "benchmark": "offload",
-            "date": date.today().isoformat(),
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "kernels": qmoe_codec.kernels_name(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "tokens": TOKENS,
-            "repeats": REPEATS,
+        write_record(
+            arguments.json,
+            "offload",
+            threads=torch.get_num_threads(),
+            tokens=TOKENS,
+            repeats=REPEATS,
             **result,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        )
     return 0
 
 
