@@ -13,6 +13,9 @@
 #define _POSIX_C_SOURCE 200809L
 #include "qmoe.h"
 
+#define PROGRAM "fuzz_core"
+#include "program.h"
+
 #include <inttypes.h>
 #include <math.h>
 #include <signal.h>
@@ -28,8 +31,7 @@ enum {
     HEADER_SIZE = 64,       /* of a matrix frame */
     MOST_WEIGHTS = 1 << 18, /* of a matrix that is worked with; a legal header may claim far more */
     MOST_COLUMNS = 1 << 17,
-    MOST_PRODUCTS = 1 << 23,
-    HANG_SECONDS = 60
+    MOST_PRODUCTS = 1 << 23
 };
 
 /* An input: this, the dictionary frames, and all that is left is the matrix frame. */
@@ -41,48 +43,8 @@ typedef struct {
 } input_header;
 
 static struct {
-    uint64_t executions, dictionaries, checked, unchecked, changed, products, encoded;
+    uint64_t dictionaries, checked, unchecked, changed, products, encoded;
 } counts;
-
-static struct {
-    const uint8_t *data;
-    size_t size;
-} current;
-
-/* The sanitizers and require() abort. */
-static void keep_input(int signal_number) {
-    (void)signal_number;
-    char name[64];
-    snprintf(name, sizeof name, "finding-%ld-%" PRIu64 ".bin", (long)getpid(), counts.executions);
-    FILE *file = fopen(name, "wb");
-    if (file) {
-        fwrite(current.data, 1, current.size, file);
-        fclose(file);
-        fprintf(stderr, "fuzz_core: this input was kept as %s\n", name);
-    }
-}
-
-static void require(bool condition, const char *promise) {
-    if (!condition) {
-        fprintf(stderr, "fuzz_core: broken promise: %s\n", promise);
-        abort();
-    }
-}
-
-static uint64_t draw(uint64_t *random) { /* splitmix64 */
-    uint64_t z = *random += UINT64_C(0x9E3779B97F4A7C15);
-    z = (z ^ z >> 30) * UINT64_C(0xBF58476D1CE4E5B9);
-    z = (z ^ z >> 27) * UINT64_C(0x94D049BB133111EB);
-    return z ^ z >> 31;
-}
-
-static uint32_t below(uint64_t *random, uint64_t limit) { return limit ? (uint32_t)(draw(random) % limit) : 0; }
-
-static void *room(size_t size) {
-    void *memory = malloc(size);
-    require(memory || size == 0, "there is memory");
-    return memory;
-}
 
 static uint8_t *copy_of(const uint8_t *data, size_t size) {
     uint8_t *copy = room(size);
@@ -314,7 +276,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     current.data = data;
     current.size = size;
-    counts.executions++;
+    executions++;
     memcpy(&header, data, sizeof header);
     data += sizeof header;
     size -= sizeof header;
@@ -561,23 +523,6 @@ static size_t make_input(uint8_t *input, uint64_t *random) {
     return size + matrix_size;
 }
 
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-/* The sanitizers ask for these. */
-const char *__asan_default_options(void);
-const char *__ubsan_default_options(void);
-const char *__asan_default_options(void) { return "abort_on_error=1"; }
-const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stacktrace=1"; }
-
-static void hangs(int signal_number) {
-    (void)signal_number;
-    require(false, "an input takes no longer than a minute");
-}
-
 int main(int argument_count, char **arguments) {
     if (argument_count < 3) {
         fprintf(stderr, "usage: fuzz_core SECONDS SEED VECTOR... | fuzz_core replay FINDING...\n");
@@ -598,6 +543,7 @@ int main(int argument_count, char **arguments) {
     load_vectors(arguments + 3, argument_count - 3);
     uint8_t *input = room(CAPACITY);
     memset(&counts, 0, sizeof counts);
+    executions = 0;
     while (seconds() - start < limit) {
         alarm(HANG_SECONDS);
         size_t size = make_input(input, &random);
@@ -615,7 +561,7 @@ int main(int argument_count, char **arguments) {
     printf("{\"kernels\": \"%s\", \"seconds\": %.0f, \"executions\": %" PRIu64 ", \"dictionaries\": %" PRIu64
            ", \"checked\": %" PRIu64 ", \"unchecked\": %" PRIu64 ", \"changed\": %" PRIu64 ", \"products\": %" PRIu64
            ", \"encoded\": %" PRIu64 "}\n",
-           qmoe_kernels_name(), seconds() - start, counts.executions, counts.dictionaries, counts.checked,
+           qmoe_kernels_name(), seconds() - start, executions, counts.dictionaries, counts.checked,
            counts.unchecked, counts.changed, counts.products, counts.encoded);
     return 0;
 }

@@ -14,6 +14,9 @@
 #define _POSIX_C_SOURCE 200809L
 #include "qmoe.h"
 
+#define PROGRAM "fuzz_model"
+#include "program.h"
+
 #include <inttypes.h>
 #include <pthread.h>
 #include <signal.h>
@@ -29,7 +32,7 @@ enum { MANIFEST, CONFIG, INDEX, SHARD, FILES };
 static const char *const file_names[FILES] = {"manifest.json", "config.json", "model.safetensors.index.json",
                                               "model-00001-of-00001.safetensors"};
 
-enum { MOST_WEIGHTS = 1 << 14, MOST_OPENED = 64, HANG_SECONDS = 60, CAPACITY = 1 << 17 };
+enum { MOST_WEIGHTS = 1 << 14, MOST_OPENED = 64, CAPACITY = 1 << 17 };
 
 /* An input: this, then the files. */
 typedef struct {
@@ -39,42 +42,11 @@ typedef struct {
 } input_header;
 
 static struct {
-    uint64_t executions, opened, shards, refused, limited;
+    uint64_t opened, shards, refused, limited;
 } counts;
 static atomic_uint_fast64_t experts; /* opened; by threads too */
 
-static struct {
-    const uint8_t *data;
-    size_t size;
-} current;
-
 static char folder[4096];
-
-/* The sanitizers and require() abort. */
-static void keep_input(int signal_number) {
-    (void)signal_number;
-    char name[64];
-    snprintf(name, sizeof name, "finding-%ld-%" PRIu64 ".bin", (long)getpid(), counts.executions);
-    FILE *file = current.size ? fopen(name, "wb") : NULL;
-    if (file) {
-        fwrite(current.data, 1, current.size, file);
-        fclose(file);
-        fprintf(stderr, "fuzz_model: this input was kept as %s\n", name);
-    }
-}
-
-static void require(bool condition, const char *promise) {
-    if (!condition) {
-        fprintf(stderr, "fuzz_model: broken promise: %s\n", promise);
-        abort();
-    }
-}
-
-static void *room(size_t size) {
-    void *memory = malloc(size ? size : 1);
-    require(memory, "there is memory");
-    return memory;
-}
 
 static void file_path(char *path, size_t size, const char *name) {
     require(snprintf(path, size, "%s/%s", folder, name) < (int)size, "a path fits");
@@ -242,7 +214,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     input_header header;
     current.data = data;
     current.size = size;
-    counts.executions++;
+    executions++;
     if (size < sizeof header) {
         return 0;
     }
@@ -294,15 +266,6 @@ static struct {
     size_t size;
 } files[FILES];
 static size_t index_starts[LAYERS]; /* in the shard, behind its header */
-
-static uint64_t draw(uint64_t *random) { /* splitmix64 */
-    uint64_t z = *random += UINT64_C(0x9E3779B97F4A7C15);
-    z = (z ^ z >> 30) * UINT64_C(0xBF58476D1CE4E5B9);
-    z = (z ^ z >> 27) * UINT64_C(0x94D049BB133111EB);
-    return z ^ z >> 31;
-}
-
-static uint32_t below(uint64_t *random, uint64_t limit) { return limit ? (uint32_t)(draw(random) % limit) : 0; }
 
 /* Text or bytes that grow. */
 typedef struct {
@@ -640,23 +603,6 @@ static void share_among_threads(void) {
 
 /* ---- the program ---- */
 
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-/* The sanitizers ask for these. */
-const char *__asan_default_options(void);
-const char *__ubsan_default_options(void);
-const char *__asan_default_options(void) { return "abort_on_error=1"; }
-const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stacktrace=1"; }
-
-static void hangs(int signal_number) {
-    (void)signal_number;
-    require(false, "an input takes no longer than a minute");
-}
-
 static size_t read_file(const char *path, uint8_t *data, size_t most) {
     FILE *file = fopen(path, "rb");
     if (!file) {
@@ -704,6 +650,7 @@ int main(int argument_count, char **arguments) {
         printf("fuzz_model: no fault among threads\n");
     }
     memset(&counts, 0, sizeof counts);
+    executions = 0;
     experts = 0;
     while (seconds() - start < limit) {
         alarm(HANG_SECONDS);
@@ -721,7 +668,7 @@ int main(int argument_count, char **arguments) {
     if (!threads) {
         printf("{\"seconds\": %.0f, \"executions\": %" PRIu64 ", \"opened\": %" PRIu64 ", \"refused\": %" PRIu64
                ", \"shards\": %" PRIu64 ", \"experts\": %" PRIu64 ", \"limited\": %" PRIu64 "}\n",
-               seconds() - start, counts.executions, counts.opened, counts.refused, counts.shards, (uint64_t)experts,
+               seconds() - start, executions, counts.opened, counts.refused, counts.shards, (uint64_t)experts,
                counts.limited);
     }
     return 0;
