@@ -263,17 +263,20 @@ class QMoEExperts(torch.nn.Module):
 
     def _on_gpu(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The same by the GPU's kernels, on torch's stream, with no word to or from the host."""
-        refuse_on_gpu(self.layer)
-        from qmoe_gpu_decode import torch_ops
+        from qmoe_gpu_decode import CLAMPED_SWIGLU, torch_ops
 
-        if self._gpu is None or not self._gpu.is_of(self._packed_buffers()):
-            self._gpu = _GpuLayer(self.layer, self._packed_buffers(), self.verify)
-        output: torch.Tensor = torch_ops.experts(self._gpu.number, x, index, weights, self._activation_name())
+        tensors = (*self._packed_buffers(), *self.parameters(recurse=False))
+        if self._gpu is None or not self._gpu.is_of(tensors):
+            biases = {p.role: self._bias(p) for p in self.layer.projections if p.bias is not None}
+            self._gpu = _GpuLayer(self.layer, tensors, biases, self.verify)
+        gating = self.layer.gating
+        if gating is None:
+            assert self.act_fn is not None
+            name, numbers = _activation_name(self.act_fn, self.layer.prefix), (0.0, 0.0)
+        else:
+            name, numbers = CLAMPED_SWIGLU, (gating.alpha, gating.limit)
+        output: torch.Tensor = torch_ops.experts(self._gpu.number, x, index, weights, name, *numbers)
         return output
-
-    def _activation_name(self) -> str:
-        assert self.act_fn is not None  # a layer without is refused before
-        return _activation_name(self.act_fn, self.layer.prefix)
 
     def _packed_buffers(self) -> tuple[torch.Tensor, ...]:
         return (self.qmoe_store, self.qmoe_index, self.qmoe_dictionaries)
@@ -417,24 +420,6 @@ def _bias_name(layer: LayerSpec, projection: Projection) -> str:
     return projection.bias.removeprefix(f"{layer.prefix}.").replace(".", "_")
 
 
-def refuse_on_gpu(layer: LayerSpec) -> None:
-    """Refuse what the GPU's kernels cannot compute.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The layer has biases, or a gating of its own.
-    """
-    if unknown := layer.features & {"bias", "gating"}:
-        raise UnsupportedModelError(
-            "the GPU's kernels do not have this: compute on the CPU",
-            file=layer.prefix,
-            field="layer",
-            value=" and ".join(sorted(unknown)),
-            expected="act(gate) · up without biases",
-        )
-
-
 class _ParsedLayer(PackedLayer):
     """A layer in the buffers of a module instead of a file; each matrix is parsed when first asked for."""
 
@@ -467,10 +452,17 @@ class _ParsedLayer(PackedLayer):
 class _GpuLayer:
     """A layer whose buffers are on a GPU: checked on the host once, multiplied where it lies."""
 
-    def __init__(self, spec: LayerSpec, buffers: tuple[torch.Tensor, ...], verify: bool) -> None:
+    def __init__(
+        self,
+        spec: LayerSpec,
+        tensors: tuple[torch.Tensor, ...],  # the buffers, then what `biases` are views of
+        biases: Mapping[str, torch.Tensor],
+        verify: bool,
+    ) -> None:
         from qmoe_gpu_decode import ExpertProjection, PackedExperts, torch_ops
         from qmoe_gpu_decode.device import cuda_device
 
+        buffers = tensors[: len(BUFFERS)]
         device = cuda_device(buffers[0].device.index)
         store, index, dictionaries = (buffer.contiguous().cpu().numpy() for buffer in buffers)
         projections = [ExpertProjection(p.role, p.rows, p.columns) for p in spec.projections]
@@ -481,16 +473,17 @@ class _GpuLayer:
             projections,
             device,
             device_store=buffers[0].contiguous(),
+            biases={role: bias.to(torch.float32).contiguous() for role, bias in biases.items()},
             verify=verify,
         )
         self.number = torch_ops.register(self.experts)
-        self._buffers = buffers
-        self._pointers = [buffer.data_ptr() for buffer in buffers]
+        self._tensors = tensors
+        self._pointers = [tensor.data_ptr() for tensor in tensors]
 
-    def is_of(self, buffers: tuple[torch.Tensor, ...]) -> bool:
+    def is_of(self, tensors: tuple[torch.Tensor, ...]) -> bool:
         """Whether these are still the same tensors at the same place in memory."""
-        same = all(new is old for new, old in zip(buffers, self._buffers, strict=True))
-        return same and [buffer.data_ptr() for buffer in buffers] == self._pointers
+        same = all(new is old for new, old in zip(tensors, self._tensors, strict=True))
+        return same and [tensor.data_ptr() for tensor in tensors] == self._pointers
 
 
 def _activation_name(activation: Activation, prefix: str) -> str:

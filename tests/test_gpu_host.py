@@ -20,7 +20,13 @@ sys.path.insert(0, str(ROOT / "gpu_decode" / "shim"))
 import qmoe_gpu_decode  # noqa: E402
 from host import HostDevice  # noqa: E402
 from qmoe_gpu_decode.encoding import launch_encode  # noqa: E402
-from qmoe_gpu_decode.experts import ExpertProjection, PackedExperts, launch_experts  # noqa: E402
+from qmoe_gpu_decode.experts import (  # noqa: E402
+    CLAMPED_SWIGLU,
+    ExpertProjection,
+    Gating,
+    PackedExperts,
+    launch_experts,
+)
 from qmoe_gpu_decode.matrices import PackedMatrices  # noqa: E402
 from qmoe_gpu_decode.products import ARRAY_DTYPES, launch_decode, launch_matmul, make_plan  # noqa: E402
 from qmoe_gpu_decode.sources import kernel_source  # noqa: E402
@@ -202,10 +208,23 @@ def test_plans_stay_within_shared_memory() -> None:
 class Layer:
     experts: PackedExperts
     weights: list[dict[str, np.ndarray]]
+    biases: dict[str, np.ndarray]
+
+    def expert(self, number: int, role: str, x: np.ndarray) -> np.ndarray:
+        """A matrix of one expert times a vector, with its bias, in float64."""
+        bias = self.biases[role][number].astype(np.float64) if self.biases else 0.0
+        return self.weights[number][role] @ x + bias
 
 
 def make_layer(
-    device: HostDevice, rng: np.random.Generator, experts: int, hidden: int, intermediate: int, *, gated: bool
+    device: HostDevice,
+    rng: np.random.Generator,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    gated: bool,
+    biased: bool = False,
 ) -> Layer:
     """Experts of all codecs and several dictionaries, in a store as the spec has it."""
     shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
@@ -224,12 +243,35 @@ def make_layer(
         store += b"\0" * (-len(store) % 256)
         weights.append({role: packed.weights for role, packed in matrices.items()})
     projections = [ExpertProjection(role, *shapes[role]) for role in roles]
-    packed_experts = PackedExperts(store, np.array(index), dictionaries, projections, device)
-    return Layer(packed_experts, weights)
+    biases = {
+        role: rng.normal(size=(experts, shapes[role][0])).astype(np.float32) for role in roles if biased
+    }
+    packed_experts = PackedExperts(
+        store,
+        np.array(index),
+        dictionaries,
+        projections,
+        device,
+        biases={role: device.upload(bias) for role, bias in biases.items()},
+    )
+    return Layer(packed_experts, weights, biases)
 
 
 def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return silu(gate) * up
+
+
+GPT_OSS = Gating(alpha=1.702, limit=7.0)
+
+
+def clamped_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Spec 6.3, as GPT-OSS has it."""
+    gate, up = np.minimum(gate, GPT_OSS.limit), np.clip(up, -GPT_OSS.limit, GPT_OSS.limit)
+    return (up + 1) * gate / (1 + np.exp(-GPT_OSS.alpha * gate))
 
 
 def relu(x: np.ndarray) -> np.ndarray:
@@ -237,19 +279,28 @@ def relu(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "choices", "gated", "dtype"),
-    [(1, 3, True, "bfloat16"), (9, 2, True, "bfloat16"), (40, 3, True, "bfloat16"), (7, 1, False, "float32")],
+    ("tokens", "choices", "name", "dtype"),
+    [
+        (1, 3, "silu", "bfloat16"),
+        (9, 2, "silu", "bfloat16"),
+        (40, 3, "silu", "bfloat16"),
+        (7, 1, "relu", "float32"),
+        (9, 2, CLAMPED_SWIGLU, "bfloat16"),
+        (1, 3, CLAMPED_SWIGLU, "float32"),
+    ],
 )
-def test_experts(device: HostDevice, tokens: int, choices: int, gated: bool, dtype: str) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts(device: HostDevice, tokens: int, choices: int, name: str, dtype: str, biased: bool) -> None:
     rng = np.random.default_rng()
-    layer = make_layer(device, rng, 6, 100, 75, gated=gated)
-    bits = to_bits(rng.normal(size=(tokens, 100)) / 10, dtype)
+    gated, function = name != "relu", {"silu": swiglu, CLAMPED_SWIGLU: clamped_swiglu}.get(name)
+    layer = make_layer(device, rng, 6, 100, 75, gated=gated, biased=biased)
+    # For the clamped one, large enough that both limits are met.
+    bits = to_bits(rng.normal(size=(tokens, 100)) * (2 if name == CLAMPED_SWIGLU else 0.1), dtype)
     x = from_bits(bits, dtype)
     # Experts 2 and 4 get nothing; an index equal to the number of experts, and a negative one, are skipped.
     index = rng.choice([0, 1, 3, 5, 5, 6, -1], (tokens, choices)).astype(np.int64)
     shares = rng.random((tokens, choices)).astype(np.float32)
     y, memory = guarded(device, (tokens, 100), ARRAY_DTYPES[dtype])
-    name, function = ("silu", silu) if gated else ("relu", relu)
     launch_experts(
         layer.experts,
         device.upload(bits),
@@ -261,19 +312,16 @@ def test_experts(device: HostDevice, tokens: int, choices: int, gated: bool, dty
         name,
         (dtype, "int64", "float32"),
         allocate=device.empty,
+        gating=GPT_OSS,
     )
     expected, scale = np.zeros((tokens, 100)), np.zeros((tokens, 100))
     for token in range(tokens):
         for expert, share in zip(index[token], shares[token], strict=True):
             if 0 <= expert < 6:
-                w = layer.weights[expert]
-                entered = (
-                    function(w["gate"] @ x[token]) * (w["up"] @ x[token])
-                    if gated
-                    else function(w["up"] @ x[token])
-                )
-                expected[token] += share * (w["down"] @ entered)
-                scale[token] += share * (np.abs(w["down"]) @ np.abs(entered))
+                up = layer.expert(expert, "up", x[token])
+                entered = function(layer.expert(expert, "gate", x[token]), up) if gated else relu(up)
+                expected[token] += share * layer.expert(expert, "down", entered)
+                scale[token] += share * (np.abs(layer.weights[expert]["down"]) @ np.abs(entered) + 1)
     bound = 2e-5 * scale + ROUNDING[dtype] * np.abs(expected) * 1.01 + 1e-7
     assert (np.abs(from_bits(y, dtype) - expected) <= bound).all()
     check_guard(memory)
@@ -463,7 +511,7 @@ rng = np.random.default_rng()
 for bits in (0, 10, 16):
     tests.run_damaged(device, rng, bits, 3)
 tests.test_encode_gives_the_bytes_of_the_cpu(device, 10)
-tests.test_experts(device, 9, 2, True, "bfloat16")
+tests.test_experts(device, 9, 2, "silu", "bfloat16", True)
 print("sanitized")
 """
 

@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
+import packed_models
 import pytest
+import test_torch as packed_layers
 import torch
 from qmoe_codec import ArgumentError, MissingPackageError, UnsupportedModelError
-from qmoe_gpu_decode import torch_ops
+from qmoe_gpu_decode import CLAMPED_SWIGLU, PackedExperts, torch_ops
 from qmoe_gpu_decode.matrices import PackedMatrices
 from test_gpu_host import HostDevice, device, make_layer, pack, pytestmark  # noqa: F401
 
-from qmoe_format.torch import _activation_name
+from qmoe_format.container import Gating, LayerSpec
+from qmoe_format.torch import QMoEExperts, _activation_name
 
 
 def matrices_on(device: HostDevice, rng: np.random.Generator) -> tuple[PackedMatrices, list[np.ndarray]]:  # noqa: F811
@@ -61,6 +65,62 @@ def test_compile_passes_over_the_operators(device: HostDevice) -> None:  # noqa:
     x = torch.randn(1, 61)
     y = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(y, 2 * x @ torch.from_numpy(weights[0]).float().T + 1, rtol=1e-4, atol=1e-4)
+
+
+def gpt_oss_layer(experts: int = 5, hidden: int = 70, width: int = 44) -> LayerSpec:
+    """Fused, interleaved, biased, with a gating of its own."""
+    layer = packed_models.layer_spec(0, experts, hidden, width)
+    fused = [
+        replace(p, tensor=f"{layer.prefix}.gate_up_proj", interleaved=True, bias="gate_up_proj_bias")
+        for p in layer.projections[:2]
+    ]
+    down = replace(layer.projections[2], tensor=f"{layer.prefix}.down_proj", bias="down_proj_bias")
+    return replace(layer, projections=(*fused, down), gating=Gating("clamped_swiglu", 1.702, 7.0))
+
+
+def gpt_oss_module(layer: LayerSpec) -> QMoEExperts:
+    """Packed experts of it, with random biases in bfloat16."""
+    tensors = packed_layers.pack(layer)
+    module = QMoEExperts(
+        layer,
+        None,
+        store_bytes=len(tensors["qmoe_store"]),
+        dictionaries_bytes=len(tensors["qmoe_dictionaries"]),
+        bias_dtype=torch.bfloat16,
+    )
+    biases = {name: torch.randn_like(bias) for name, bias in module.named_parameters()}
+    module.load_state_dict({**tensors, **biases})
+    return module.eval()
+
+
+def test_the_module_with_biases_and_a_gating(
+    device: HostDevice,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By way of the GPU's kernels, on the host, what the C core gives; also after the biases have changed."""
+    monkeypatch.setattr("qmoe_gpu_decode.device.cuda_device", lambda number: device)
+    module = gpt_oss_module(gpt_oss_layer())
+    index, shares = torch.randint(0, 6, (9, 2)), torch.rand(9, 2)
+    x = 20 * torch.randn(9, 70)  # so that both limits are met
+    for _ in range(2):
+        expected = module(x, index, shares)
+        torch.testing.assert_close(module._on_gpu(x, index, shares), expected, rtol=1e-4, atol=1e-3)
+        biases = {name: torch.randn_like(bias) for name, bias in module.named_parameters()}
+        module.load_state_dict({**module.state_dict(), **biases})
+
+
+def test_what_does_not_fit_the_experts(device: HostDevice) -> None:  # noqa: F811
+    rng = np.random.default_rng()
+    layer = make_layer(device, rng, 2, 20, 12, gated=False)
+    number = torch_ops.register(layer.experts)
+    arguments = (torch.randn(1, 20), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    with pytest.raises(ArgumentError, match="needs a gate"):
+        torch.ops.qmoe.experts(number, *arguments, CLAMPED_SWIGLU, 1.0, 1.0)
+    with pytest.raises(ArgumentError, match="alpha, limit"):
+        torch.ops.qmoe.experts(number, *arguments, CLAMPED_SWIGLU)
+    for biases in ({"up": np.zeros((2, 13), np.float32)}, {"up": np.zeros((2, 12))}, {"gate": np.zeros(1)}):
+        with pytest.raises(ArgumentError, match="biases"):
+            PackedExperts(b"", np.zeros((2, 3)), {}, layer.experts.projections, device, biases=biases)
 
 
 def test_without_cupy_an_error_says_how_to_install_it() -> None:

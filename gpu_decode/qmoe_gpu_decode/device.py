@@ -20,7 +20,7 @@ from .sources import kernel_source
 
 INSTALL = "pip install cupy-cuda12x (or cupy-cuda13x, as the driver is)"
 
-Argument = np.uint32 | np.uint64
+Argument = np.uint32 | np.uint64 | np.float32
 """A scalar, or the address of an array as uint64."""
 
 

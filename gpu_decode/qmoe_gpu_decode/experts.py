@@ -15,7 +15,9 @@ from .device import Argument, Device, address
 from .matrices import DESCRIPTOR, Needs, Tables, check_frame, describe
 from .products import KINDS, MOST_GRID, SIZES, Plan, make_plan
 
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+CLAMPED_SWIGLU = "clamped_swiglu"
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, CLAMPED_SWIGLU: 5}
+"""The last one takes gate and up together (spec 6.3)."""
 MOST_TOKENS = 8  # of a tile
 RECORD_ALIGNMENT = 16
 
@@ -31,6 +33,16 @@ class ExpertProjection(NamedTuple):
     """gate, up or down"""
     rows: int
     columns: int
+
+
+class Gating(NamedTuple):
+    """The numbers of the clamped SwiGLU (spec 6.3)."""
+
+    alpha: float
+    limit: float
+
+
+NO_GATING = Gating(0.0, 0.0)
 
 
 class Plans(NamedTuple):
@@ -59,6 +71,8 @@ class PackedExperts:
         Where the experts go.
     device_store : array of uint8, optional
         The same bytes as `store`, on the device already; kept, and read where they lie.
+    biases : mapping of str to array of float32 [experts, rows], optional
+        By role, on the device, contiguous; kept. A projection without has none added.
     verify : bool
         Whether checksum and codewords are checked too; headers and row indexes always are.
 
@@ -79,6 +93,7 @@ class PackedExperts:
         device: Device,
         *,
         device_store: Any = None,
+        biases: Mapping[str, Any] | None = None,
         verify: bool = True,
     ) -> None:
         self.device = device
@@ -97,6 +112,16 @@ class PackedExperts:
             if (projection.rows, projection.columns) != shape:
                 raise ArgumentError(
                     "shapes do not fit each other", field="projections", value=tuple(projections)
+                )
+        self.biases = dict(biases or {})
+        for role, bias in self.biases.items():
+            expected = (len(index), projections[self.numbers[role]].rows) if role in self.numbers else None
+            if tuple(bias.shape) != expected or str(bias.dtype).removeprefix("torch.") != "float32":
+                raise ArgumentError(
+                    "unfit",
+                    field=f"biases: {role}",
+                    value=(tuple(bias.shape), str(bias.dtype)),
+                    expected=f"float32 {expected}" if expected else roles,
                 )
         view = as_bytes(store)
         headers: list[FrameHeader] = []
@@ -150,6 +175,8 @@ class PackedExperts:
         tile = (
             1 if tokens == 1 else min(MOST_TOKENS, max(2, 1 << int(np.ceil(np.log2(max(1.0, 2 * average))))))
         )
+        if activation == CLAMPED_SWIGLU and not self.gated:
+            raise ArgumentError("needs a gate", field="activation", value=activation)
         key = (tile, activation, dtypes, warps)
         found = self._plans.get(key)
         if found is None:
@@ -183,6 +210,7 @@ def launch_experts(
     dtypes: tuple[str, str, str],
     *,
     allocate: Allocate,
+    gating: Gating = NO_GATING,
     stream: int | None = None,
     warps: int = 8,
 ) -> None:
@@ -225,6 +253,7 @@ def launch_experts(
             (address(order), address(tiles), address(hidden), address(result)),
             (some, choices, limit),
             plans,
+            gating,
             stream,
         )
 
@@ -235,6 +264,7 @@ def _launch_some(
     scratch: tuple[np.uint64, np.uint64, np.uint64, np.uint64],
     counts: tuple[int, int, int],
     plans: Plans,
+    gating: Gating,
     stream: int | None,
 ) -> None:
     x, index, weights, y = arrays
@@ -244,6 +274,10 @@ def _launch_some(
     device, u32 = experts.device, np.uint32
     descriptors, projections = address(experts.descriptors), u32(len(experts.projections))
     tables = address(experts.tables)
+
+    def bias(role: str) -> np.uint64:
+        found = experts.biases.get(role)
+        return np.uint64(0) if found is None else address(found)
 
     def launch(
         definitions: dict[str, int],
@@ -293,6 +327,10 @@ def _launch_some(
                 order,
                 u32(choices),
                 tiles,
+                bias("up"),
+                bias("gate"),
+                np.float32(gating.alpha),
+                np.float32(gating.limit),
                 hidden,
                 u32(enter.table_bytes),
                 u32(enter.x_bytes),
@@ -310,6 +348,7 @@ def _launch_some(
             hidden,
             order,
             tiles,
+            bias("down"),
             result,
             u32(leave.table_bytes),
             u32(leave.x_bytes),

@@ -23,7 +23,7 @@ def every_specialisation() -> Iterator[tuple[str, dict[str, int]]]:
             yield "matmul.cu", {**product, "OUT_KIND": x}
             if tokens > 8:
                 continue
-            for gated, activation in ((1, 1), (1, 2), (1, 3), (0, 4)):
+            for gated, activation in ((1, 1), (1, 2), (1, 3), (1, 5), (0, 4)):
                 yield "enter.cu", {**product, "GATED": gated, "ACTIVATION": activation}
             if x == 0:
                 yield "leave.cu", product

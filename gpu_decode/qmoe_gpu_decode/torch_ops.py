@@ -16,7 +16,7 @@ from typing import Any
 from qmoe_codec.errors import ArgumentError, MissingPackageError
 
 from .device import CudaDevice
-from .experts import ACTIVATIONS, PackedExperts, launch_experts
+from .experts import ACTIVATIONS, CLAMPED_SWIGLU, Gating, PackedExperts, launch_experts
 from .matrices import PackedMatrices
 from .products import launch_decode, launch_matmul
 
@@ -111,15 +111,24 @@ def _(packed: int, x: torch.Tensor, number: int, rows: int) -> torch.Tensor:
 
 @torch.library.custom_op("qmoe::experts", mutates_args=())
 def experts(
-    packed: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, activation: str
+    packed: int,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    activation: str,
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     """Route x [tokens, hidden] through the :class:`PackedExperts` that index [tokens, choices] names.
 
-    An index that is not an expert's is skipped; `activation` is one of ACTIVATIONS.
+    An index that is not an expert's is skipped. `activation` is one of ACTIVATIONS; `alpha` and `limit` are
+    the clamped SwiGLU's.
     """
     layer: PackedExperts = _find(packed, PackedExperts)
     if activation not in ACTIVATIONS:
         raise ArgumentError("no such one", field="activation", value=activation, expected=list(ACTIVATIONS))
+    if activation == CLAMPED_SWIGLU and not (alpha > 0 and limit > 0):
+        raise ArgumentError("missing", field="alpha, limit", value=(alpha, limit), expected="above 0")
     fits = x.ndim == index.ndim == 2 and index.shape == weights.shape and len(x) == len(index)
     if not fits or x.shape[1] != layer.hidden:
         shapes = [tuple(tensor.shape) for tensor in (x, index, weights)]
@@ -142,6 +151,7 @@ def experts(
         activation,
         dtypes,
         allocate=allocate,
+        gating=Gating(alpha, limit),
         stream=_stream(layer, x, index, weights),
     )
     return y
@@ -149,7 +159,13 @@ def experts(
 
 @experts.register_fake
 def _(
-    packed: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, activation: str
+    packed: int,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    activation: str,
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 

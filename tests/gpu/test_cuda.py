@@ -29,6 +29,7 @@ from test_gpu_host import (
     silu,
     to_bits,
 )
+from test_gpu_torch import gpt_oss_layer, gpt_oss_module
 
 if not torch.cuda.is_available():
     pytest.skip("NOT TESTED ON A GPU: torch finds none", allow_module_level=True)
@@ -174,6 +175,16 @@ def test_damaged_frames_neither_hang_nor_write_outside() -> None:
         guard = cupy.asnumpy(cupy.concatenate([memory[:512], memory[-512:]]))
         assert (guard.view(np.uint8) == 0xA5).all()
         assert np.isin(cupy.asnumpy(memory[512:-512]), (-1, 0, 1)).all()
+
+
+def test_the_experts_module_with_biases_and_a_gating() -> None:
+    module = gpt_oss_module(gpt_oss_layer(8, 256, 96))
+    hidden = 20 * torch.randn(20, 256)
+    index, shares = torch.randint(0, 9, (20, 2)), torch.rand(20, 2)
+    with torch.no_grad():
+        expected = module(hidden, index, shares)
+        found = module.cuda()(hidden.cuda(), index.cuda(), shares.cuda())
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_the_experts_module_gives_on_a_gpu_what_it_gives_on_the_cpu() -> None:

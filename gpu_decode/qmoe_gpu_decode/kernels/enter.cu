@@ -1,8 +1,14 @@
 // hidden[pair] = act(gate(x)) * up(x): the experts' first half; experts.cuh says what for.
 //
 // -DTOKENS, -DWARPS, -DX_KIND; -DGATED: whether there is a gate
-// -DACTIVATION: 0 none, 1 SiLU, 2 GELU, 3 GELU by tanh, 4 ReLU
+// -DACTIVATION: 0 none, 1 SiLU, 2 GELU, 3 GELU by tanh, 4 ReLU, 5 the clamped SwiGLU, of gate and up together
 #include "experts.cuh"
+
+// What the first half adds to the products, or does with them.
+struct Inner {
+    const float *up_biases, *gate_biases;
+    float alpha, limit; // of the clamped SwiGLU
+};
 
 __device__ inline float activation(float value) {
 #if ACTIVATION == 1
@@ -18,11 +24,22 @@ __device__ inline float activation(float value) {
 #endif
 }
 
+__device__ inline float gated(float gate, float up, const Inner &inner) {
+#if ACTIVATION == 5 // comparisons that NaN passes through
+    gate = gate > inner.limit ? inner.limit : gate;
+    up = up > inner.limit ? inner.limit : up < -inner.limit ? -inner.limit : up;
+    return (up + 1.0f) * (gate / (1.0f + expf(-inner.alpha * gate)));
+#else
+    (void)inner;
+    return activation(gate) * up;
+#endif
+}
+
 // grid: x rows, y tiles. matrices [experts][projections]: number `up` and, with a gate, number `gate`.
 template <u32 COUNT>
 __device__ inline void enter_tile(const Matrix &matrix, const Matrix &gates, const u32 *all_tables, const Tile &tile,
-                                  const RoutedTile &routed, float *hidden, u8 *shared, u32 table_bytes, u8 *staged,
-                                  u32 *list) {
+                                  const RoutedTile &routed, const Inner &inner, float *hidden, u8 *shared,
+                                  u32 table_bytes, u8 *staged, u32 *list) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 *tables = load_tables(matrix, all_tables, shared);
 #if GATED
@@ -35,9 +52,10 @@ __device__ inline void enter_tile(const Matrix &matrix, const Matrix &gates, con
     __syncthreads();
     for (u64 row = (u64)blockIdx.x * WARPS + warp; row < matrix.rows; row += (u64)gridDim.x * WARPS) {
         Product product = Multiplication<COUNT>::row(matrix, (u32)row, tables, tile, list, lane);
-        float value = product.value;
+        float value = product.value + bias_of(inner.up_biases, routed.expert, matrix.rows, row);
 #if GATED
-        value *= activation(Multiplication<COUNT>::row(gates, (u32)row, gate_tables, tile, list, lane).value);
+        const float gate = Multiplication<COUNT>::row(gates, (u32)row, gate_tables, tile, list, lane).value;
+        value = gated(gate + bias_of(inner.gate_biases, routed.expert, matrix.rows, row), value, inner);
 #else
         value = activation(value);
 #endif
@@ -49,7 +67,8 @@ __device__ inline void enter_tile(const Matrix &matrix, const Matrix &gates, con
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
     enter(const Matrix *matrices, u32 projections, u32 gate, u32 up, const u32 *all_tables, const u8 *x,
-          const u32 *order, u32 choices, const RoutedTile *tiles, float *hidden, u32 table_bytes, u32 x_bytes) {
+          const u32 *order, u32 choices, const RoutedTile *tiles, const float *up_biases, const float *gate_biases,
+          float alpha, float limit, float *hidden, u32 table_bytes, u32 x_bytes) {
     DYNAMIC_SHARED(shared);
     __shared__ u32 numbers[TOKENS];
     const RoutedTile routed = tiles[blockIdx.y];
@@ -66,11 +85,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
     u8 *staged = shared + (GATED ? 2 : 1) * table_bytes;
     u32 *list = (u32 *)(void *)(staged + x_bytes) + (TOKENS > 1 ? threadIdx.x / WARP * STEP_NONZEROS : 0);
     const Tile tile = {x, staged, numbers, matrix.columns};
+    const Inner inner = {up_biases, gate_biases, alpha, limit};
 #if TOKENS > 1
     if (routed.count > 1) {
-        enter_tile<TOKENS>(matrix, GATED ? gates : matrix, all_tables, tile, routed, hidden, shared, table_bytes, staged, list);
+        enter_tile<TOKENS>(matrix, GATED ? gates : matrix, all_tables, tile, routed, inner, hidden, shared, table_bytes,
+                           staged, list);
         return;
     }
 #endif
-    enter_tile<1>(matrix, GATED ? gates : matrix, all_tables, tile, routed, hidden, shared, table_bytes, staged, list);
+    enter_tile<1>(matrix, GATED ? gates : matrix, all_tables, tile, routed, inner, hidden, shared, table_bytes, staged,
+                  list);
 }

@@ -5,8 +5,8 @@
 
 template <u32 COUNT>
 __device__ inline void leave_tile(const Matrix &matrix, const u32 *all_tables, const Tile &tile,
-                                  const RoutedTile &routed, const u32 *order, float *result, u8 *shared, u8 *staged,
-                                  u32 *list) {
+                                  const RoutedTile &routed, const u32 *order, const float *biases, float *result,
+                                  u8 *shared, u8 *staged, u32 *list) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 *tables = load_tables(matrix, all_tables, shared);
     stage_tile<COUNT>(tile, staged);
@@ -14,7 +14,8 @@ __device__ inline void leave_tile(const Matrix &matrix, const u32 *all_tables, c
     for (u64 row = (u64)blockIdx.x * WARPS + warp; row < matrix.rows; row += (u64)gridDim.x * WARPS) {
         Product product = Multiplication<COUNT>::row(matrix, (u32)row, tables, tile, list, lane);
         if (product.stores && product.token < routed.count) {
-            result[(u64)order[routed.first + product.token] * matrix.rows + row] = product.value;
+            result[(u64)order[routed.first + product.token] * matrix.rows + row] =
+                product.value + bias_of(biases, routed.expert, matrix.rows, row);
         }
     }
 }
@@ -22,7 +23,8 @@ __device__ inline void leave_tile(const Matrix &matrix, const u32 *all_tables, c
 // grid: x rows, y tiles. result [pairs][rows] in the router's order; pairs of no expert stay as they are.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
     leave(const Matrix *matrices, u32 projections, u32 down, const u32 *all_tables, const float *hidden,
-          const u32 *order, const RoutedTile *tiles, float *result, u32 table_bytes, u32 x_bytes) {
+          const u32 *order, const RoutedTile *tiles, const float *biases, float *result, u32 table_bytes,
+          u32 x_bytes) {
     DYNAMIC_SHARED(shared);
     __shared__ u32 numbers[TOKENS];
     const RoutedTile routed = tiles[blockIdx.y];
@@ -37,10 +39,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
     const Tile tile = {(const u8 *)hidden, staged, numbers, matrix.columns};
 #if TOKENS > 1
     if (routed.count > 1) {
-        leave_tile<TOKENS>(matrix, all_tables, tile, routed, order, result, shared, staged, list);
+        leave_tile<TOKENS>(matrix, all_tables, tile, routed, order, biases, result, shared, staged, list);
         return;
     }
 #endif
-    leave_tile<1>(matrix, all_tables, tile, routed, order, result, shared, staged, list);
+    leave_tile<1>(matrix, all_tables, tile, routed, order, biases, result, shared, staged, list);
 }
 
