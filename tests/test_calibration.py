@@ -256,8 +256,8 @@ class Looking:
         self.factor = factor or 1.0
         self.groups: dict[str, MatrixGroup] = {}
 
-    def wants(self, layer: Any, experts: range) -> list[int]:
-        return list(experts)
+    def wants(self, layer: Any, tokens: list[int]) -> range:
+        return range(layer.experts)
 
     def visit(self, layer: Any, projection: Any, experts: list[int], group: MatrixGroup) -> torch.Tensor:
         for place, name in enumerate(group.names):

@@ -40,7 +40,7 @@ class Looking:
     def __init__(self) -> None:
         self.groups: dict[str, MatrixGroup] = {}
 
-    def wants(self, layer: Any, experts: range) -> list[int]:
+    def wants(self, layer: Any, tokens: list[int]) -> list[int]:
         return [EXPERT]
 
     def visit(self, layer: Any, projection: Any, experts: list[int], group: MatrixGroup) -> torch.Tensor:

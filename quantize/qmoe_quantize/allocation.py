@@ -2,19 +2,20 @@
 
 Rows of a matrix are ternarized independently of each other, so a few rows of some experts, against their
 full Hessians, tell how many bits the layer will take. The layers' curves are added up, and the sum is
-inverted.
+inverted. What is noted of an expert depends on that expert alone, whichever process looks at it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from qmoe_codec import DictionarySet
+from qmoe_codec import DictionarySet, read_frame_header
 from qmoe_codec.errors import ArgumentError
 from torch import Tensor
 
@@ -57,20 +58,24 @@ class RateCurve:
 
 
 def sample_rows(group: MatrixGroup, rows: int, seed: int) -> MatrixGroup:
-    """A group with at most `rows` rows of each matrix, drawn by `seed`, each expert its own."""
+    """A group with at most `rows` rows of each matrix, drawn by `seed` and the matrix's name."""
     count = group.weight.shape[1]
     if count <= rows:
         return group
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.stack(
-        [torch.randperm(count, generator=generator)[:rows].sort().values for _ in group.names]
-    ).to(group.weight.device)
+    picked = torch.stack([_drawn(count, rows, f"{seed} {name}") for name in group.names])
+    picked = picked.to(group.weight.device)
     columns = group.weight.shape[2]
     return replace(
         group,
         weight=torch.gather(group.weight, 1, picked[..., None].expand(-1, -1, columns)),
         row_weight=torch.gather(group.row_weight, 1, picked),
     )
+
+
+def _drawn(count: int, wanted: int, key: str) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
 def rough(problem: Problem, settings: RecipeSettings) -> Tensor:
@@ -101,19 +106,20 @@ def rough(problem: Problem, settings: RecipeSettings) -> Tensor:
 
 
 def ternarize_over(
-    group: MatrixGroup, settings: RecipeSettings, lams: Sequence[float]
+    group: MatrixGroup, settings: RecipeSettings, lams: Sequence[Sequence[float]]
 ) -> Iterator[list[TernaryMatrix]]:
-    """What :func:`.recipes.ternarize_group` gives for each of some lambdas, made at once.
+    """What :func:`.recipes.ternarize_group` gives for each of an expert's lambdas, made at once.
 
     Every row is there once for each lambda, and what is worth a bit is divided out of what its errors weigh.
     It is as if each lambda had been by itself, but for the share that a matrix's density has in its rows'.
+    Yields the experts' matrices for the first lambda of each, for the second, and so on.
     """
-    count, rows = len(lams), group.weight.shape[1]
+    count, rows = len(lams[0]), group.weight.shape[1]
     unit = replace(settings, lam=1.0)
     factors = torch.tensor(
         # A lambda that a rule gives stays
-        [[1.0 if replace(unit, lam=lam).of_tensor(name).lam != lam else 1 / lam for lam in lams]
-         for name in group.names],
+        [[1.0 if replace(unit, lam=lam).of_tensor(name).lam != lam else 1 / lam for lam in own]
+         for name, own in zip(group.names, lams, strict=True)],
         device=group.weight.device,
     )  # fmt: skip
     repeated = replace(
@@ -131,10 +137,13 @@ def typical_cost(samples: Sequence[MatrixGroup]) -> float:
     """What it costs to drop a typical weight: a lambda in the middle of the range that is of use.
 
     Means would be those of the few inputs and outputs that are thousands of times stronger than the rest.
+    The prior counts for one token, so that an expert which saw none has a cost too.
     """
     costs = []
     for group in samples:
-        input_power = torch.diagonal(group.hessian, dim1=1, dim2=2).median(dim=-1).values
+        power = torch.diagonal(group.hessian, dim1=1, dim2=2)
+        power = power + torch.diagonal(group.prior, dim1=1, dim2=2) / max(1, group.calibration_tokens)
+        input_power = power.median(dim=-1).values
         variance = group.weight.var(dim=-1, correction=0)
         costs.append((group.row_weight * variance * input_power[:, None]).flatten())
     positive = torch.cat(costs).double()
@@ -142,8 +151,33 @@ def typical_cost(samples: Sequence[MatrixGroup]) -> float:
     return float(positive.log().median().exp()) if len(positive) else 1.0
 
 
-class LayerSizes:
-    """What a layer will take on the disk, by samples of its matrices.
+@dataclass
+class ExpertSizes:
+    """What an expert will take on the disk for each of some lambdas, by samples of its matrices.
+
+    Attributes
+    ----------
+    expert : int
+    lams : list of float
+        Rising.
+    bytes : list of float
+        Of its record, for each of them.
+    dictionaries : list of dict of str to int
+        For each of them those that its matrices use: the bytes of each, by its id.
+    """
+
+    expert: int
+    lams: list[float]
+    bytes: list[float] = field(default_factory=list)
+    dictionaries: list[dict[str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bytes = self.bytes or [0.0] * len(self.lams)
+        self.dictionaries = self.dictionaries or [{} for _ in self.lams]
+
+
+class SizeSamples:
+    """What is known of the sizes of a layer's experts.
 
     Parameters
     ----------
@@ -152,29 +186,50 @@ class LayerSizes:
 
     Attributes
     ----------
-    weights : int
-        Of the layer.
+    experts : dict of int to ExpertSizes
     """
 
     def __init__(self, layer: LayerSpec, level_format: str) -> None:
-        self._layer = layer
         self._level_format = level_format
-        self.weights = layer.experts * sum(p.rows * p.columns for p in layer.projections)
-        self._dictionaries = DictionarySet(self.weights)
-        self._frames: dict[str, list[int]] = {projection.name: [] for projection in layer.projections}
+        self._dictionaries = DictionarySet(layer_weights(layer))
+        self.experts: dict[int, ExpertSizes] = {}
 
-    def add(self, projection: Projection, matrices: Sequence[TernaryMatrix]) -> None:
-        """Note the matrices of some experts, or some rows of each; the same experts for each projection."""
-        for matrix in matrices:
-            frame = self._dictionaries.encode(matrix.trits, matrix.levels, self._level_format)
-            scale = projection.rows / max(1, len(matrix.trits))
-            self._frames[projection.name].append(grown_frame_bytes(frame, scale))
+    def add(self, projection: Projection, expert: int, number: int, matrix: TernaryMatrix) -> None:
+        """Note an expert's matrix, or some rows of it, made with its lambda of that number."""
+        frame = self._dictionaries.encode(matrix.trits, matrix.levels, self._level_format)
+        sizes = self.experts[expert]
+        sizes.bytes[number] += grown_frame_bytes(frame, projection.rows / max(1, len(matrix.trits)))
+        for identity in read_frame_header(frame).dictionary_ids:
+            dictionary = self._dictionaries.dictionaries[identity]
+            sizes.dictionaries[number][str(identity)] = len(dictionary.frame)
 
-    def nbytes(self) -> float:
-        """Bytes as the codec writes them, with headers, dictionaries, index and alignment."""
-        records = np.array(list(self._frames.values())).sum(axis=0)  # of each expert
-        whole = np.ceil(records / RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-        return self._layer.experts * (float(whole.mean()) + 24) + len(self._dictionaries.to_bytes())
+
+def layer_weights(layer: LayerSpec) -> int:
+    """Expert weights of a layer."""
+    return layer.experts * sum(p.rows * p.columns for p in layer.projections)
+
+
+def layer_curve(layer: LayerSpec, samples: Sequence[ExpertSizes]) -> RateCurve:
+    """What a layer takes as the codec writes it, with headers, dictionaries, index and alignment.
+
+    Parameters
+    ----------
+    layer : LayerSpec
+    samples : sequence of ExpertSizes
+        Of some of its experts, with as many lambdas each, in the order of the experts: sums are rounded.
+    """
+    shared = [0] * len(samples[0].lams)
+    for number in range(len(shared)):
+        used = {name: size for sample in samples for name, size in sample.dictionaries[number].items()}
+        shared[number] = sum(used.values())
+    lams = np.unique([sample.lams for sample in samples])
+    total = np.zeros(len(lams))
+    for sample in samples:
+        whole = np.ceil(np.array(sample.bytes) / RECORD_ALIGNMENT) * RECORD_ALIGNMENT + 24
+        own = (layer.experts * whole + np.array(shared)) / len(samples)
+        total += np.interp(np.log(lams), np.log(sample.lams), own)
+    # More lambda never takes more bits, up to noise.
+    return RateCurve(layer_weights(layer), lams, np.minimum.accumulate(total))
 
 
 def solve_lam(curves: Sequence[RateCurve], target_bits: float) -> float:

@@ -89,9 +89,16 @@ class StreamedExperts:
         scratch_path = self._folder / SCRATCH.format(self._ranks.rank)
         with Activations(scratch_path, create=True) as scratch:
             run = LayerRun(
-                self._model, self._checkpoint, layer, self._hessian, self._stream.device, scratch, self._ranks
+                self._model,
+                self._checkpoint,
+                layer,
+                self._hessian,
+                self._stream.device,
+                scratch,
+                self._ranks,
+                visitor,
             )
-            for experts in run.groups(visitor):
+            for experts in run.groups():
                 yield experts, run
             if any(self._model.stage_of(other.prefix) > wanted for other in self._layers):
                 run.output()
@@ -131,9 +138,9 @@ class TernarizingVisitor:
         self.corrects = settings.method == "rd"
         self.made: dict[tuple[int, str], TernaryMatrix] = {}
 
-    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
+    def wants(self, layer: LayerSpec, tokens: Sequence[int]) -> range:
         """All of them."""
-        return list(experts)
+        return range(layer.experts)
 
     def visit(
         self, layer: LayerSpec, projection: Projection, experts: list[int], group: MatrixGroup

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -53,8 +53,8 @@ class Visitor(Protocol):
 
     corrects: bool
 
-    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
-        """Those of a group of experts whose matrices it wants to see; perhaps none."""
+    def wants(self, layer: LayerSpec, tokens: Sequence[int]) -> Collection[int]:
+        """Those of a layer's experts whose matrices it wants to see, given how many tokens reach each."""
         ...
 
     def visit(
@@ -93,6 +93,7 @@ class LayerRun:
         Gets the layer's inputs as ``x`` and its output as ``y``.
     ranks : Ranks
         Each has some of the experts, and the output for its part of the text.
+    visitor : Visitor
 
     Attributes
     ----------
@@ -109,9 +110,11 @@ class LayerRun:
         device: str,
         scratch: Activations,
         ranks: Ranks,
+        visitor: Visitor,
     ) -> None:
         self.layer = layer
         self._ranks = ranks
+        self._visitor = visitor
         self._checkpoint = checkpoint
         self._options = options
         self._device = torch.device(device)
@@ -129,7 +132,8 @@ class LayerRun:
         self._token_count = len(routing.index)
         counts = torch.bincount(routing.index.flatten().long(), minlength=layer.experts + 1)[: layer.experts]
         drawn = self._draw_sample(routing)
-        parts = ranks.assign([self._cost(count) for count in counts.tolist()])
+        self._wanted = set(visitor.wants(layer, counts.tolist()))
+        parts = ranks.assign([self._cost(*pair) for pair in enumerate(counts.tolist())])
         self.experts = parts[ranks.rank]
         self._dispatch: Dispatch | None = None
         self._present = torch.arange(self._token_count)
@@ -167,12 +171,14 @@ class LayerRun:
         """Mean router weight of those tokens; 0 where there are none."""
         return [float(s.gates[s.used].mean()) if s.used.any() else 0.0 for s in self._selections.values()]
 
-    def _cost(self, tokens: int) -> float:
+    def _cost(self, expert: int, tokens: int) -> float:
         """How long an expert that so many tokens reach takes, in multiplications; only to balance ranks."""
         cost = 0.0
         for p in self.layer.projections:
-            cost += p.rows * p.columns * (MULTIPLICATIONS_PER_COLUMN * p.columns + COLUMN_STEPS)
-            cost += tokens * p.columns * (p.columns + p.rows)
+            cost += tokens * p.columns * p.rows
+            if expert in self._wanted:
+                cost += p.rows * p.columns * (MULTIPLICATIONS_PER_COLUMN * p.columns + COLUMN_STEPS)
+                cost += tokens * p.columns**2
         return cost
 
     def _generator(self, number: int) -> torch.Generator:
@@ -210,13 +216,13 @@ class LayerRun:
 
     # ---- groups ---------------------------------------------------------------------------------------
 
-    def groups(self, visitor: Visitor) -> Iterator[list[int]]:
-        """Let `visitor` see all groups of experts, and sum up what they give; yields each group when done."""
+    def groups(self) -> Iterator[list[int]]:
+        """Let the visitor see all groups of experts, and sum up what they give; yields each when done."""
         # So many are in memory at once on all ranks together
         size = -(-self._options.experts_per_batch // self._ranks.size)
         for start in range(0, len(self.experts), size):
             experts = self.experts[start : start + size]
-            self._run_group(experts, visitor)
+            self._run_group(experts)
             give_back_memory()
             yield experts
 
@@ -234,26 +240,25 @@ class LayerRun:
             stacked[place] = torch.from_numpy(self._checkpoint.matrix(self.layer, projection, expert))
         return stacked.to(self._device)
 
-    def _run_group(self, experts: Sequence[int], visitor: Visitor) -> None:
+    def _run_group(self, experts: Sequence[int]) -> None:
         gate = self._weights(self._gate, experts) if self._gate else None
         up, down = self._weights(self._up, experts), self._weights(self._down, experts)
-        wanted = visitor.wants(self.layer, experts)
+        wanted = [expert for expert in experts if expert in self._wanted]
         if len(wanted) == len(experts):
-            gate, up, down = self._see(wanted, visitor, gate, up, down)
+            gate, up, down = self._see(wanted, gate, up, down)
         elif wanted:
             inside = [experts.index(expert) for expert in wanted]
-            seen = self._see(
-                wanted, visitor, gate[inside] if gate is not None else None, up[inside], down[inside]
-            )
+            seen = self._see(wanted, gate[inside] if gate is not None else None, up[inside], down[inside])
             if gate is not None and seen[0] is not None:
                 gate[inside] = seen[0]
             up[inside], down[inside] = seen[1], seen[2]
         self._put_output(experts, gate, up, down)
 
     def _see(
-        self, experts: list[int], visitor: Visitor, gate: Tensor | None, up: Tensor, down: Tensor
+        self, experts: list[int], gate: Tensor | None, up: Tensor, down: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Show the matrices of some experts; gives those to go on with."""
+        visitor = self._visitor
         hessian, gates, row_weights = self._input_statistics(experts, gate, up, down)
         prior = (self._sample.T @ self._sample / max(1, len(self._sample)))[None] * gates[:, None, None]
         original = (gate, up) if visitor.corrects else None

@@ -470,6 +470,7 @@ class _Evidence:
         recipe: RecipeSettings,
         folder: Path,
         progress: Progress | None,
+        ranks: Ranks | None = None,
     ) -> LambdaSearch:
         """What finds lambda for a rate."""
         from .calibrated import StoreTernarizer
@@ -483,9 +484,10 @@ class _Evidence:
             assert windows is not None
 
             def source(few: bool) -> StreamedExperts:
-                return self.stream(checkpoint, layers, few_windows(windows) if few else windows, folder)
+                seen = few_windows(windows) if few else windows
+                return self.stream(checkpoint, layers, seen, folder, ranks=ranks)
 
-        return LambdaSearch(layers, source, recipe, self.options.hessian.seed, progress)
+        return LambdaSearch(layers, source, recipe, self.options.hessian.seed, progress, ranks)
 
 
 def rate_curves(
@@ -661,11 +663,11 @@ class _Run:
         recipe = self._recipe
         assert recipe is not None
         if options.target_bits is not None and not self.summary.layers:
-            lam = 0.0
-            if self._ranks.rank == 0:  # the others wait
-                search = evidence.search(self._checkpoint, self._layers, recipe, folder, self._searching)
-                lam = search.find(options.target_bits, self._curves or search.first_look())
-            self._recipe = recipe = replace(recipe, lam=self._ranks.gather(lam)[0])
+            search = evidence.search(
+                self._checkpoint, self._layers, recipe, folder, self._searching, self._ranks
+            )
+            lam = search.find(options.target_bits, self._curves or search.first_look())
+            self._recipe = recipe = replace(recipe, lam=lam)
         if evidence.store is not None:
             return StoreTernarizer(evidence.store, self._checkpoint, evidence.options, recipe, self._ranks)
         assert evidence.windows is not None

@@ -95,9 +95,9 @@ class StoreWriter:
             self._file.attrs["head"] = json.dumps(head, sort_keys=True)
         self._order: list[str] = []
 
-    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
+    def wants(self, layer: LayerSpec, tokens: Sequence[int]) -> range:
         """All of them."""
-        return list(experts)
+        return range(layer.experts)
 
     def visit(
         self, layer: LayerSpec, projection: Projection, experts: list[int], group: MatrixGroup

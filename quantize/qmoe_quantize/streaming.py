@@ -138,14 +138,6 @@ class StreamedModel:
         self._recorders: dict[str, ExpertsRecorder] = {}
         places = self._put_recorders(layers)
         self._stacks = _stacks(self._model, checkpoint, windows)
-        batches = -(-len(windows.tokens) // self._batch)
-        if ranks.size > batches:
-            raise ArgumentError(
-                "more ranks than batches of windows",
-                field="WORLD_SIZE",
-                value=ranks.size,
-                expected=f"at most {batches}: fewer ranks, more --nsamples, or a smaller --batch-size",
-            )
         self._stages = [
             (stack, number) for stack in self._stacks for number in range(len(stack.layers))
         ]  # stage number -> layer
@@ -369,6 +361,12 @@ class StreamedModel:
                 scratch.write(name, start * stack.tokens.shape[1] - first, x)
                 indices.append(index.cpu())
                 weights.append(weight.cpu())
+        # A rank may have experts and no text
+        choices = indices[0].shape[1] if indices else 0
+        columns, choices = map(max, zip(*self._ranks.gather([columns, choices]), strict=True))
+        if not indices:
+            scratch.make(name, (0, columns), self._dtype)
+            indices, weights = [torch.empty(0, choices, dtype=torch.int32)], [torch.empty(0, choices)]
         found = [torch.cat(indices), torch.cat(weights)]
         if self._ranks.size > 1:
             bounds = self._bounds(stack, self._ranks.size)

@@ -4,25 +4,28 @@ Two looks at the model. The first, with a share of the text, applies the recipe 
 of every layer, over a wide range of lambdas: that gives a lambda that is nearly right. In the second all
 experts are ternarized roughly with it, so that what comes behind them sees inputs like those of the run
 itself, and the recipe is applied to some rows of many of them, with three lambdas close to it. Nothing is
-kept of a group of experts once it has been seen.
+kept of a group of experts once it has been seen. Several ranks look at the experts that each of them has, and
+put together what they saw in the order of the experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from qmoe_format.container import LayerSpec, Projection
 
 from .allocation import (
     LAM_STEPS,
-    LayerSizes,
+    ExpertSizes,
     RateCurve,
+    SizeSamples,
+    layer_curve,
     nearest_lam,
     rough,
     sample_rows,
@@ -32,6 +35,7 @@ from .allocation import (
 )
 from .calibrated import StoreTernarizer, StreamedExperts
 from .problem import MatrixGroup
+from .ranks import Ranks
 from .recipes import Problem, RecipeSettings
 from .text import TokenWindows
 
@@ -72,54 +76,65 @@ Source = Callable[[bool], StreamedExperts] | StoreTernarizer
 """What begins to stream the model, over few of the windows of text or over all of them; or a store."""
 
 
-class _Rates:
+class _Look:
     """What rows of some experts of a layer take, for each of some lambdas."""
 
     def __init__(self, layer: LayerSpec, settings: RecipeSettings, rows: int, seed: int) -> None:
-        self._layer = layer
         self._settings = settings
         self._rows = rows
         self._seed = seed
-        self.lams: list[float] = []
-        self._sizes: list[LayerSizes] = []
+        self._samples = SizeSamples(layer, settings.level_format)
 
-    def sample(self, projection: Projection, group: MatrixGroup) -> None:
+    def chosen(self, layer: LayerSpec, tokens: Sequence[int]) -> list[int]:
+        """The experts that are sampled, given how many tokens reach each."""
+        raise NotImplementedError
+
+    def sample(self, projection: Projection, experts: Sequence[int], group: MatrixGroup) -> None:
         """Note some rows of each expert of a group."""
-        if not self.lams:
-            self.lams = [typical_cost([group]) * 10.0**step for step in LAM_STEPS]
-        if not self._sizes:
-            self._sizes = [LayerSizes(self._layer, self._settings.level_format) for _ in self.lams]
+        known = self._samples.experts
+        for place, expert in enumerate(experts):
+            if expert not in known:
+                known[expert] = ExpertSizes(expert, self._lams(group.select([place])))
         rows = sample_rows(group, self._rows, self._seed)
-        for sizes, made in zip(self._sizes, ternarize_over(rows, self._settings, self.lams), strict=True):
-            sizes.add(projection, made)
+        lams = [known[expert].lams for expert in experts]
+        for number, made in enumerate(ternarize_over(rows, self._settings, lams)):
+            for expert, matrix in zip(experts, made, strict=True):
+                self._samples.add(projection, expert, number, matrix)
 
-    def curve(self) -> RateCurve:
-        """Bytes of the layer."""
-        sizes = np.array([sizes.nbytes() for sizes in self._sizes])
-        # More lambda never takes more bits, up to noise.
-        return RateCurve(self._sizes[0].weights, np.array(self.lams), np.minimum.accumulate(sizes))
+    def _lams(self, group: MatrixGroup) -> list[float]:
+        """What the expert of a group is tried with, by its first matrix."""
+        raise NotImplementedError
+
+    def found(self) -> list[dict[str, Any]]:
+        """What was seen here, as JSON values."""
+        return [asdict(sizes) for sizes in self._samples.experts.values()]
 
 
-class _FirstLook(_Rates):
+class _FirstLook(_Look):
     """Leaves the experts that it sees as they are; its lambdas are all that may be of use."""
 
     corrects = False
 
     def __init__(self, layer: LayerSpec, settings: RecipeSettings, seed: int) -> None:
         super().__init__(layer, settings, FEWEST_ROWS, seed)
-        self.experts = spread(layer.experts, FIRST_EXPERTS)
 
-    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
-        return [expert for expert in self.experts if expert in experts]
+    def chosen(self, layer: LayerSpec, tokens: Sequence[int]) -> list[int]:
+        return spread(layer.experts, FIRST_EXPERTS)
+
+    def wants(self, layer: LayerSpec, tokens: Sequence[int]) -> Collection[int]:
+        return self.chosen(layer, tokens)
 
     def visit(
         self, layer: LayerSpec, projection: Projection, experts: list[int], group: MatrixGroup
     ) -> Tensor:
-        self.sample(projection, group)
+        self.sample(projection, experts, group)
         return group.weight
 
+    def _lams(self, group: MatrixGroup) -> list[float]:
+        return [typical_cost([group]) * 10.0**step for step in LAM_STEPS]
 
-class _SecondLook(_Rates):
+
+class _SecondLook(_Look):
     """Ternarizes all that it sees, roughly; its lambdas lie around one."""
 
     corrects = True
@@ -127,28 +142,38 @@ class _SecondLook(_Rates):
     def __init__(self, layer: LayerSpec, settings: RecipeSettings, lam: float, seed: int) -> None:
         super().__init__(layer, settings, max(FEWEST_ROWS, SAMPLED_ROWS // layer.experts), seed)
         self._rough = replace(settings, lam=lam)
-        self.lams = [lam / NEAR, lam, lam * NEAR]
-        self._step = -(-layer.experts // SAMPLED_EXPERTS)
-        self._seen: dict[str, int] = {}
+        self._chosen: list[int] = []
 
-    def wants(self, layer: LayerSpec, experts: Sequence[int]) -> list[int]:
-        return list(experts)
+    def chosen(self, layer: LayerSpec, tokens: Sequence[int]) -> list[int]:
+        # By tokens, for experts that saw few of them take far fewer bits.
+        by_tokens = np.argsort(tokens, kind="stable")
+        return sorted(by_tokens[spread(layer.experts, SAMPLED_EXPERTS)].tolist())
+
+    def wants(self, layer: LayerSpec, tokens: Sequence[int]) -> Collection[int]:
+        self._chosen = self.chosen(layer, tokens)
+        return range(layer.experts)
 
     def visit(
         self, layer: LayerSpec, projection: Projection, experts: list[int], group: MatrixGroup
     ) -> Tensor:
-        # By tokens, for experts that saw few of them take far fewer bits.
-        seen = self._seen.get(projection.name, 0)
-        self._seen[projection.name] = seen + len(experts)
-        by_tokens = torch.argsort(group.tokens, stable=True).tolist()
-        chosen = [e for n, e in enumerate(by_tokens, seen) if n % self._step == self._step // 2]
-        if chosen:
-            self.sample(projection, group if len(chosen) == len(experts) else group.select(sorted(chosen)))
+        places = [place for place, expert in enumerate(experts) if expert in self._chosen]
+        if places:
+            sampled = group if len(places) == len(experts) else group.select(places)
+            self.sample(projection, [experts[place] for place in places], sampled)
         return rough(Problem.of(group, self._rough), self._rough)
+
+    def _lams(self, group: MatrixGroup) -> list[float]:
+        lam = self._rough.lam
+        return [lam / NEAR, lam, lam * NEAR]
+
+
+_Looks = _FirstLook | _SecondLook
 
 
 class LambdaSearch:
     """Looks at a model to find the lambda for a wanted rate. One search serves several rates.
+
+    All ranks do it together, and get the same.
 
     Parameters
     ----------
@@ -160,6 +185,7 @@ class LambdaSearch:
     seed : int
         Decides which rows are looked at.
     progress : callable, optional
+    ranks : Ranks, optional
     """
 
     def __init__(
@@ -169,7 +195,9 @@ class LambdaSearch:
         settings: RecipeSettings,
         seed: int,
         progress: Progress | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         self._layers = layers
         self._source = source
         self._settings = settings
@@ -200,9 +228,13 @@ class LambdaSearch:
         ArgumentError
             No lambda gives so few or so many bits.
         """
-        lam = solve_lam(curves, target_bits)
+        lam, enough = solve_lam(curves, target_bits), False
         seen: dict[float, float] = {}
         for _ in range(MOST_LOOKS):
+            # Rank 0 decides: on another host the last digit may be another.
+            lam, enough = self._ranks.gather([lam, enough])[0]
+            if enough:
+                break
             near = self._look(False, partial(self._second_look, lam))
             sizes = sum(curve.bytes for curve in near)
             rates = 8 * np.asarray(sizes) / sum(curve.weights for curve in near)
@@ -216,14 +248,13 @@ class LambdaSearch:
                 continue
             share = (seen[low] - target_bits) / (seen[low] - seen[high])
             lam = low * (high / low) ** share
-            if high < 1.01 * NEAR * low:
-                break
-        return lam
+            enough = high < 1.01 * NEAR * low
+        return float(self._ranks.gather(lam)[0])
 
     def _second_look(self, lam: float, layer: LayerSpec) -> _SecondLook:
         return _SecondLook(layer, self._settings, lam, self._seed)
 
-    def _look(self, few: bool, begin: Callable[[LayerSpec], _FirstLook | _SecondLook]) -> list[RateCurve]:
+    def _look(self, few: bool, begin: Callable[[LayerSpec], _Looks]) -> list[RateCurve]:
         self._total += sum(layer.experts for layer in self._layers)
         stream = self._source if isinstance(self._source, StoreTernarizer) else self._source(few)
         curves = []
@@ -232,21 +263,22 @@ class LambdaSearch:
             if isinstance(stream, StoreTernarizer):
                 self._see_stored(stream, layer, look)
             else:
+                before = self._done
                 for experts, _ in stream.run(layer, look):
-                    self._advance(len(experts))
-            curves.append(look.curve())
+                    # The others are about as far
+                    self._advance(min(len(experts) * self._ranks.size, before + layer.experts - self._done))
+                self._advance(before + layer.experts - self._done)
+            found = [ExpertSizes(**sizes) for part in self._ranks.gather(look.found()) for sizes in part]
+            curves.append(layer_curve(layer, sorted(found, key=lambda sizes: sizes.expert)))
         return curves
 
-    def _see_stored(self, store: StoreTernarizer, layer: LayerSpec, look: _FirstLook | _SecondLook) -> None:
+    def _see_stored(self, store: StoreTernarizer, layer: LayerSpec, look: _Looks) -> None:
         """One expert at a time; nothing comes behind them."""
-        if isinstance(look, _FirstLook):
-            chosen = look.experts
-        else:
-            by_tokens = np.argsort(store.tokens(layer), kind="stable")
-            chosen = by_tokens[spread(layer.experts, SAMPLED_EXPERTS)].tolist()
-        for expert in chosen:
+        chosen = look.chosen(layer, store.tokens(layer))
+        for place in self._ranks.share(len(chosen)):
+            expert = chosen[place]
             for projection in layer.projections:
-                look.sample(projection, store.group(layer, projection, range(expert, expert + 1)))
+                look.sample(projection, [expert], store.group(layer, projection, range(expert, expert + 1)))
         self._advance(layer.experts)
 
     def _advance(self, experts: int) -> None:
