@@ -100,6 +100,14 @@ def test_the_same_bytes(method: str, source: Path, text: Path, runner: RankRunne
     qmoe_format.verify(tmp_path / "one")
 
 
+def test_a_rank_without_text(source: Path, text: Path, runner: RankRunner, tmp_path: Path) -> None:
+    """Two windows make one batch: the others have experts only."""
+    few: list[object] = ["--method", "qmoe", "--nsamples", 2]
+    for size in (1, 3):
+        outcomes = runner.run(size, pack_arguments(source, tmp_path / f"out{size}", text, *few))
+        assert_alike(outcomes, tmp_path / f"out{size}", tmp_path / "out1")
+
+
 # ---- ranks that die ----------------------------------------------------------------------------------------
 
 
@@ -230,6 +238,12 @@ def test_more_ranks_than_experts(source: Path, runner: RankRunner, tmp_path: Pat
     size = EXPERTS + 1
     line = refusal(runner.run(size, pack_arguments(source, tmp_path / "out")), *[2] * size)
     assert "more ranks than experts" in line and "at most 5" in line
+
+
+def test_what_one_process_does(source: Path, text: Path, runner: RankRunner, tmp_path: Path) -> None:
+    line = refusal(runner.run(2, ["calibrate", source, tmp_path / "store.h5", "--calib", text]), 2, 2)
+    assert line.startswith("qmoe calibrate: error: ") and "done by one process" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_never_joins(source: Path, runner: RankRunner, tmp_path: Path) -> None:

@@ -204,5 +204,5 @@ def _draw(counts: dict[str, Any], file: str) -> None:
 
 
 COMMAND = Command(
-    "calibrate", "Run text through a model and keep its experts' Hessians.", _add_arguments, _run
+    "calibrate", "Run text through a model and keep its experts' Hessians.", _add_arguments, _run, alone=True
 )

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 INTERRUPTED = 130
 PROGRESS_DELAY = 1  # seconds before a bar appears
+SPEAKING_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,15 @@ class Command:
         Adds its arguments to a parser.
     run : callable
         Does the work; errors are exceptions.
+    alone : bool
+        Whether the processes that torchrun starts are refused, since each would write the same.
     """
 
     name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    alone: bool = False
 
 
 def execute(program: str, commands: Command | Mapping[str, Command], arguments: Sequence[str] | None) -> int:
@@ -56,10 +61,16 @@ def execute(program: str, commands: Command | Mapping[str, Command], arguments: 
         for name, command in commands.items():
             subparser = subparsers.add_parser(name, help=command.help, allow_abbrev=False)
             _prepare(subparser, f"{program} {name}", command)
-    with contextlib.redirect_stderr(None) if _is_one_of_many() else contextlib.nullcontext():
-        options = parser.parse_args(arguments)
+    try:
+        with contextlib.redirect_stderr(None) if _is_one_of_many() else contextlib.nullcontext():
+            options = parser.parse_args(arguments)
+    except SystemExit:
+        _let_rank_0_speak()
+        raise
     try:
         with _terminable():
+            if options.alone:
+                _refuse_many()
             options.run(options)
             sys.stdout.flush()
     except QMoEError as error:
@@ -86,10 +97,31 @@ def _is_one_of_many() -> bool:
     return os.environ.get("RANK", "0") != "0"
 
 
+def _let_rank_0_speak() -> None:
+    """Be the last to leave: torchrun ends all when one has ended, perhaps before it has said why."""
+    if _is_one_of_many():
+        time.sleep(SPEAKING_SECONDS)
+
+
+def _refuse_many() -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
+        return
+    _let_rank_0_speak()
+    error = ArgumentError(
+        "done by one process",
+        field="WORLD_SIZE",
+        value=count,
+        expected="no torchrun; pack is what several processes do",
+    )
+    error.quiet = _is_one_of_many()  # type: ignore[attr-defined]
+    raise error
+
+
 def _prepare(parser: argparse.ArgumentParser, program: str, command: Command) -> None:
     parser.description = command.help
     command.add_arguments(parser)
-    parser.set_defaults(run=command.run, program=program)
+    parser.set_defaults(run=command.run, program=program, alone=command.alone)
 
 
 def _version() -> str:

@@ -157,4 +157,6 @@ def _text(result: Sweep) -> str:
     return "\n".join(lines)
 
 
-COMMAND = Command("sweep", "Draw the rate-loss curve of the recipes for one model.", _add_arguments, _run)
+COMMAND = Command(
+    "sweep", "Draw the rate-loss curve of the recipes for one model.", _add_arguments, _run, alone=True
+)

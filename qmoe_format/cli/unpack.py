@@ -58,5 +58,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    "unpack", "Turn a packed model back into an ordinary safetensors checkpoint.", _add_arguments, _run
+    "unpack",
+    "Turn a packed model back into an ordinary safetensors checkpoint.",
+    _add_arguments,
+    _run,
+    alone=True,
 )
