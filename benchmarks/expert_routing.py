@@ -100,7 +100,7 @@ def main() -> int:
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
-    qmoe_format.expert_cache.RecordFile = ThrottledFile
+    qmoe_format.host_slots.RecordFile = ThrottledFile
     routes = routing_of(arguments.trained)
     experts = transformers.AutoConfig.from_pretrained(arguments.trained).num_experts
     config = moe_models.config_of(HIDDEN, WIDTH, routes.shape[1], experts, routes.shape[2])

@@ -41,7 +41,7 @@ from machine import processor, write_record
 from tqdm import tqdm
 
 import qmoe_format
-from qmoe_format.expert_cache import RecordFile
+from qmoe_format.host_slots import RecordFile
 from qmoe_format.transformers import load
 
 HIDDEN, WIDTH, LAYERS, EXPERTS, PER_TOKEN = 1024, 1024, 8, 32, 2
@@ -314,7 +314,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     # The cache opens its files by this name
-    qmoe_format.expert_cache.RecordFile = ThrottledFile
+    qmoe_format.host_slots.RecordFile = ThrottledFile
     rates = [None, *(1e6 * rate for rate in arguments.rates)]
     with tempfile.TemporaryDirectory() as temporary:
         result = compare(arguments.folder or Path(temporary), rates)

@@ -1,44 +1,33 @@
 """Experts that stay on disk: a cache with a fixed number of slots, shared by all layers of a packed model.
 
-A slot holds one expert's record (spec 6.1) as it lies in the file, read by one contiguous read. Which expert
-leaves when another one comes is the policy's to say: least recently used, or least used of late.
+A slot holds one expert's record (spec 6.1) as it lies in the file. What slots are, and how a record comes to
+one, is that of :class:`Slots`: host memory and a read, or a GPU's memory and a copy. Which expert leaves when
+another one comes is the policy's to say: least recently used, or least used of late.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-import mmap
-import os
 import re
-import struct
 import threading
 import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Self
 
-import numpy as np
-from qmoe_codec import Matrix, crc32c
-from qmoe_codec.errors import ArgumentError, ChecksumError, FileChangedError
+from qmoe_codec.errors import ArgumentError
 
-from .container import RECORD_ALIGNMENT, STORE, LayerSpec, round_up
-from .files import open_regular, os_errors
-from .reader import PackedLayer, PackedModel
-from .safetensors_io import SafetensorsFile, file_identity
+from .container import RECORD_ALIGNMENT, LayerSpec, round_up
+from .eviction import POLICIES, Key, NextExperts
+from .host_slots import Filled, HostSlots, Matrices, Slots
+from .reader import PackedModel
 
-Key = tuple[int, int]
-"""An expert: number of its layer, and its own."""
-Matrices = Mapping[str, Matrix]
 Portion = tuple[list[int], list[Matrices]]
 """Positions among the experts that were asked for, and the matrices of each."""
 
-_FRAME_HEADER_BYTES = 64
-_BODY_CRC32C, _BODY_CRC32C_OFFSET = struct.Struct("<I"), 56
 _UNITS = {"B": 1} | {
     prefix + ending: base ** (power + 1)
     for ending, base in (("B", 1000), ("iB", 1024))
@@ -61,149 +50,6 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-class Policy(Protocol):
-    """The order in which experts leave; the cache calls it under its lock."""
-
-    def used(self, key: Key) -> None:
-        """An expert was asked for, whether it was there or not."""
-        ...
-
-    def entered(self, key: Key) -> None:
-        """An expert came into a slot."""
-        ...
-
-    def left(self, key: Key) -> None:
-        """An expert left its slot."""
-        ...
-
-    def victim(self, may_leave: Callable[[Key], bool]) -> Key | None:
-        """The expert that leaves next among those that may, or None; :meth:`left` follows."""
-        ...
-
-
-class LeastRecentlyUsed:
-    """The expert that was not used for the longest time leaves."""
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[Key, None] = OrderedDict()
-
-    def used(self, key: Key) -> None:
-        """Put it last in the order, if it has a slot."""
-        if key in self._order:
-            self._order.move_to_end(key)
-
-    def entered(self, key: Key) -> None:
-        """Put it last in the order."""
-        self._order[key] = None
-
-    def left(self, key: Key) -> None:
-        """Take it out of the order."""
-        del self._order[key]
-
-    def victim(self, may_leave: Callable[[Key], bool]) -> Key | None:
-        """The first in the order that may leave."""
-        return next((key for key in self._order if may_leave(key)), None)
-
-
-class LeastFrequentlyUsed:
-    """The expert that was used least leaves, where old uses count less and less.
-
-    A use counts half as much after `half_life` later ones, of any expert; experts without a slot keep their
-    count. This is LRFU of Lee et al., IEEE Transactions on Computers 50 (2001), with memory.
-
-    Parameters
-    ----------
-    half_life : float
-        In uses.
-    """
-
-    def __init__(self, half_life: float) -> None:
-        self._half_life = half_life
-        self._time = 0
-        # log2 of the sum over the uses of 2^(time of use / half_life): so nothing has to be aged
-        self._count: dict[Key, float] = {}
-        # Counts only rise, so an entry of the heap may be too low: it is then put back where it belongs
-        self._heap: list[tuple[float, int, Key]] = []
-        self._entered: dict[Key, int] = {}  # the entry of the heap that counts
-        self._serial = 0
-
-    def used(self, key: Key) -> None:
-        """Count a use."""
-        self._time += 1
-        now = self._time / self._half_life
-        self._count[key] = now + math.log2(1 + 2 ** (self._count.get(key, -math.inf) - now))
-
-    def entered(self, key: Key) -> None:
-        """Let it compete."""
-        # One that was fetched ahead and never used would else leave at once
-        count = self._count.setdefault(key, self._time / self._half_life)
-        self._serial += 1
-        self._entered[key] = self._serial
-        heapq.heappush(self._heap, (count, self._serial, key))
-
-    def left(self, key: Key) -> None:
-        """Forget its slot, not its count."""
-        del self._entered[key]
-
-    def victim(self, may_leave: Callable[[Key], bool]) -> Key | None:
-        """The one with the least count that may leave."""
-        passed: list[tuple[float, int, Key]] = []
-        found: Key | None = None
-        while self._heap and found is None:
-            count, serial, key = heapq.heappop(self._heap)
-            if self._entered.get(key) != serial:
-                continue
-            if count < self._count[key]:
-                heapq.heappush(self._heap, (self._count[key], serial, key))
-            elif may_leave(key):
-                found = key
-            else:
-                passed.append((count, serial, key))
-        for item in passed:
-            heapq.heappush(self._heap, item)
-        return found
-
-
-POLICIES: dict[str, Callable[[int], Policy]] = {
-    "lru": lambda slots: LeastRecentlyUsed(),
-    # Half lives from half to 256 times the slots were tried on the routing of a trained model
-    "lfu": lambda slots: LeastFrequentlyUsed(8.0 * slots),
-}
-"""By name; each is told the number of slots."""
-
-
-class NextExperts:
-    """Guesses a layer's experts by those of the layer before, from how often they followed each other.
-
-    Parameters
-    ----------
-    experts : sequence of int
-        Number of experts of each layer, in the order in which they are computed; the first follows the last.
-    """
-
-    def __init__(self, experts: Sequence[int]) -> None:
-        # From each layer to the next: uses of an expert after an expert; never seen is not impossible
-        self._follow = [
-            np.full((count, following), 0.1, np.float32)
-            for count, following in zip(experts, [*experts[1:], *experts[:1]], strict=True)
-        ]
-        self._before = threading.local()  # each thread has tokens of its own
-
-    def saw(self, layer: int, experts: Sequence[int]) -> None:
-        """Learn that these experts were used after those of this thread's call before."""
-        before, past = getattr(self._before, "call", (-1, ()))
-        if len(self._follow) > 1 and layer == (before + 1) % len(self._follow):
-            self._follow[before][np.ix_(past, experts)] += 1
-        self._before.call = (layer, experts)
-
-    def guess(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """As many experts of the layer after `layer`, the likeliest first."""
-        rows = self._follow[layer][experts]
-        likelihood = np.log(rows / rows.sum(axis=1, keepdims=True)).sum(axis=0)
-        guessed: list[int] = np.argsort(-likelihood, kind="stable")[: len(experts)].tolist()
-        return guessed
-
-
 @dataclass
 class CacheStats:
     """What a cache did since it was made or :meth:`ExpertCache.reset_stats` was called.
@@ -215,9 +61,9 @@ class CacheStats:
     hits, misses : int
         Experts asked for that were in a slot, or on the way to one, and that were not.
     reads, read_bytes : int
-        Records read, and their bytes.
+        Records that came to a slot, and their bytes: those of a GPU from the host, others from the file.
     read_seconds : float
-        Time of all reads and checks, whatever thread they ran on.
+        Time of all reads and checks, whatever thread they ran on; on a GPU, up to the start of the copy.
     stalls : int
     stall_seconds : float
         How often, and how long in all, a computation waited for experts.
@@ -258,73 +104,10 @@ class CacheStats:
         return f"<CacheStats: {text}>"
 
 
-class RecordFile:
-    """A shard, read record by record into memory that is given; the map of the reader is not used.
-
-    Parameters
-    ----------
-    shard : SafetensorsFile
-        As it was opened and checked: what is read later must come from the same file, unchanged.
-    page_cache : bool
-        If False, the system is told after each read that it need not keep what was read.
-
-    Raises
-    ------
-    FileChangedError
-        The file is another than the one that was checked.
-    """
-
-    def __init__(self, shard: SafetensorsFile, *, page_cache: bool = True) -> None:
-        self.path = shard.path
-        self._forget = not page_cache and hasattr(os, "posix_fadvise")
-        self._identity = shard.identity
-        self._descriptor = open_regular(self.path)
-        self._close = weakref.finalize(self, os.close, self._descriptor)
-        self._check(os.fstat(self._descriptor), self.path)
-
-    def _check(self, status: os.stat_result, place: str | Path) -> None:
-        identity = file_identity(status)
-        if identity != self._identity:
-            raise FileChangedError(
-                "changed since it was opened",
-                file=place,
-                field="device, inode, bytes, time of change in ns",
-                value=identity,
-                expected=self._identity,
-            )
-
-    def read_into(self, memory: memoryview, offset: int, place: str) -> None:
-        """Fill `memory` with the bytes of the file from `offset` on.
-
-        Raises
-        ------
-        FileChangedError
-            The file was changed, or cut short.
-        """
-        with os_errors(place):
-            done = 0
-            while done < len(memory):
-                count = os.preadv(self._descriptor, [memory[done:]], offset + done)
-                if not count:
-                    break
-                done += count
-            # After the read, so that what was changed before and during it is seen alike
-            self._check(os.fstat(self._descriptor), place)
-            if self._forget:
-                os.posix_fadvise(self._descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
-        if done < len(memory):  # cut short after it was looked at; the next look would show it
-            raise FileChangedError("ends within the record", file=place, value=done, expected=len(memory))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._descriptor = -1  # a number that another file may get
-        self._close()
-
-
 class _Entry:
     """An expert in a slot, or on its way there; all but `ready` changes under the lock."""
 
-    __slots__ = ("error", "key", "matrices", "pins", "prefetched", "ready", "slot", "taken")
+    __slots__ = ("error", "key", "lent", "pins", "prefetched", "ready", "slot", "taken")
 
     def __init__(self, key: Key, slot: int, prefetched: bool) -> None:
         self.key = key
@@ -332,7 +115,7 @@ class _Entry:
         self.prefetched = prefetched
         self.pins = 0
         self.taken = False  # by the thread that reads it
-        self.matrices: Matrices | None = None
+        self.lent: Any = None  # what the slot's users get
         self.error: BaseException | None = None
         self.ready = threading.Event()
 
@@ -345,6 +128,8 @@ class CachedLayer:
     spec : LayerSpec
     store_bytes : int
         Bytes of the layer's records in the file.
+    number : int
+        Of the layer.
     cache : ExpertCache
     """
 
@@ -352,10 +137,10 @@ class CachedLayer:
         self.cache = cache
         self.spec = spec
         self.store_bytes = store_bytes
-        self._number = number
+        self.number = number
 
     def lend(self, experts: Sequence[int]) -> Generator[Portion]:
-        """Lend the matrices of several experts, in portions: first those that are there.
+        """Lend the matrices of several experts in host memory, in portions: first those that are there.
 
         Parameters
         ----------
@@ -376,7 +161,13 @@ class CachedLayer:
         FormatError
             A record is not what the spec says; the message names shard, layer, expert and projection.
         """
-        return self.cache._lend(self._number, experts)
+        with closing(self.lend_slots(experts)) as portions:
+            for positions, lent in portions:
+                yield positions, [expert.matrices for expert in lent]
+
+    def lend_slots(self, experts: Sequence[int]) -> Generator[tuple[list[int], list[Any]]]:
+        """The same, of what the cache's :class:`Slots` lend."""
+        return self.cache.lend(self.number, experts)
 
 
 class ExpertCache:
@@ -401,6 +192,9 @@ class ExpertCache:
         fewer. It takes more reads in all: worth it where the disk would else be idle.
     readers : int
         Threads that read.
+    slots : callable, optional
+        Makes the :class:`Slots` of this number and size; default: host memory. `verify` and `page_cache` are
+        then its own matter.
 
     Attributes
     ----------
@@ -425,37 +219,28 @@ class ExpertCache:
         page_cache: bool = True,
         prefetch: bool = False,
         readers: int = 4,
+        slots: Callable[[int, int], Slots] | None = None,
     ) -> None:
         if policy not in POLICIES:
             raise ArgumentError(
                 "no such policy", field="policy", value=repr(policy)[:40], expected=list(POLICIES)
             )
-        self._verify = verify
-        self._prefixes = {prefix: number for number, prefix in enumerate(model.layers)}
-        self._layers: list[PackedLayer] = []
-        self._files: list[tuple[RecordFile, int]] = []  # of each layer, with the offset of its store
-        files: dict[str, RecordFile] = {}
-        for prefix in model.layers:
-            layer = model.layer(prefix).detached()
-            shard = model.shards[layer.shard]
-            if layer.shard not in files:
-                files[layer.shard] = RecordFile(shard, page_cache=page_cache)
-            self._layers.append(layer)
-            self._files.append((files[layer.shard], shard.tensors[prefix + STORE].start))
-        largest = max((int(layer.index[:, 1].max()) for layer in self._layers), default=0)
+        layers = [model.layer(prefix) for prefix in model.layers]
+        self._prefixes = {layer.spec.prefix: number for number, layer in enumerate(layers)}
+        self._layers = [(layer.spec, len(layer.store)) for layer in layers]
+        largest = max((int(layer.index[:, 1].max()) for layer in layers), default=0)
         self.slot_bytes = round_up(max(largest, 1), RECORD_ALIGNMENT)
-        self.slots = min(
-            _slots(size, self.slot_bytes, model.path), sum(layer.experts for layer in self._layers)
-        )
-        # Pages of it take memory from their first use on
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        with os_errors("expert_cache"):
-            self._memory = memoryview(mmap.mmap(-1, self.slots * self.slot_bytes, private))
+        self.slots = min(_slots(size, self.slot_bytes, model.path), sum(layer.experts for layer in layers))
+        if slots is None:
+            self._slots: Slots = HostSlots(
+                model, self.slots, self.slot_bytes, verify=verify, page_cache=page_cache
+            )
+        else:
+            self._slots = slots(self.slots, self.slot_bytes)
         self._policy = POLICIES[policy](self.slots)
-        self._next = NextExperts([layer.experts for layer in self._layers]) if prefetch else None
+        self._next = NextExperts([layer.experts for layer in layers]) if prefetch else None
         self._free = list(range(self.slots - 1, -1, -1))
         self._entries: dict[Key, _Entry] = {}
-        self._checked: dict[Key, list[tuple[int, bytes]]] = {}  # size and header of frames checked in full
         self._closed = False
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
@@ -474,8 +259,7 @@ class ExpertCache:
         if prefix not in self._prefixes:
             raise ArgumentError("no such layer", value=repr(prefix), expected=list(self._prefixes))
         number = self._prefixes[prefix]
-        layer = self._layers[number]
-        return CachedLayer(self, number, layer.spec, len(layer.store))
+        return CachedLayer(self, number, *self._layers[number])
 
     @property
     def stats(self) -> CacheStats:
@@ -515,8 +299,7 @@ class ExpertCache:
         """Stop the threads and close the files; no expert can be asked for any more."""
         self._closed = True
         self._shutdown()
-        for file, _ in self._files:
-            file.close()
+        self._slots.close()
 
     def __deepcopy__(self, memo: object) -> Self:
         """The cache itself: copies of a model share it."""
@@ -529,7 +312,8 @@ class ExpertCache:
 
     # ---- lending ------------------------------------------------------------------------------------------
 
-    def _lend(self, layer: int, experts: Sequence[int]) -> Generator[Portion]:
+    def lend(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], list[Any]]]:
+        """See :meth:`CachedLayer.lend_slots`; `layer` is the number of one."""
         if self._closed:
             raise ArgumentError("closed", field="expert_cache", expected="a model that is loaded again")
         portion_limit = max(1, self.slots // 2)  # so that a portion can be read while another one is computed
@@ -540,12 +324,11 @@ class ExpertCache:
                 there, missing = self._split(layer, experts, held, waiting)
                 missing = self._reserve(layer, experts, missing, portion_limit, held, waiting)
             # With nothing to compute meanwhile, the first is read by this thread
-            self._start(waiting if there else waiting[1:])
+            self._start(waiting if there or self._slots.readers_only else waiting[1:])
             if self._next is not None:
                 self._prefetch(self._next, layer, experts)
             if there:
-                yield [position for position, _ in there], [_matrices(entry) for _, entry in there]
-                self._release(held, [entry for _, entry in there])
+                yield from self._portion(held, there)
             while waiting or missing:
                 if not waiting:  # all slots are lent to others; nothing is held here, so they can go on
                     with self._lock:
@@ -560,10 +343,21 @@ class ExpertCache:
                     with self._lock:
                         missing = self._reserve(layer, experts, missing, portion_limit, held, waiting)
                     self._start(waiting)
-                yield [position for position, _ in portion], [_matrices(entry) for _, entry in portion]
-                self._release(held, [entry for _, entry in portion])
+                yield from self._portion(held, portion)
         finally:
             self._release(held, list(held))
+
+    def _portion(
+        self, held: list[_Entry], portion: list[tuple[int, _Entry]]
+    ) -> Generator[tuple[list[int], list[Any]]]:
+        """Lend what is there, until the next is asked for."""
+        slots = [entry.slot for _, entry in portion]
+        self._slots.lend(slots)
+        try:
+            yield [position for position, _ in portion], [entry.lent for _, entry in portion]
+        finally:
+            self._slots.take_back(slots)
+            self._release(held, [entry for _, entry in portion])
 
     def _split(
         self, layer: int, experts: Sequence[int], held: list[_Entry], waiting: list[tuple[int, _Entry]]
@@ -584,7 +378,7 @@ class ExpertCache:
                 entry.prefetched = False
                 self._stats.prefetch_hits += 1
             self._hold(entry, held)
-            (waiting if entry.matrices is None else there).append((position, entry))
+            (waiting if entry.lent is None else there).append((position, entry))
         return there, missing
 
     def _reserve(
@@ -622,7 +416,7 @@ class ExpertCache:
 
     def _may_leave(self, key: Key) -> bool:
         entry = self._entries[key]
-        return entry.pins == 0 and entry.matrices is not None
+        return entry.pins == 0 and entry.lent is not None
 
     def _remove(self, entry: _Entry) -> None:
         del self._entries[entry.key]
@@ -642,7 +436,7 @@ class ExpertCache:
 
     def _prefetch(self, following: NextExperts, layer: int, experts: Sequence[int]) -> None:
         """Have the likely experts of the next layer read, as far as nothing that is held must leave."""
-        if 2 * len(experts) > self._layers[layer].experts:
+        if 2 * len(experts) > self._layers[layer][0].experts:
             return
         begun: list[tuple[int, _Entry]] = []
         with self._lock:
@@ -671,8 +465,9 @@ class ExpertCache:
             stalled = 0.0
         else:
             begun = time.perf_counter()
-            for entry in entries:
-                self._read(entry)
+            if not self._slots.readers_only:
+                for entry in entries:
+                    self._read(entry)
             for entry in entries:
                 entry.ready.wait()
             stalled = time.perf_counter() - begun
@@ -690,67 +485,23 @@ class ExpertCache:
                 return
             entry.taken = True
         begun = time.perf_counter()
-        matrices: Matrices | None = None
-        size = 0
+        filled: Filled | None = None
         try:
-            matrices, size = self._fetch(entry)
+            filled = self._slots.fill(entry.slot, entry.key)
         except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait must be told
             entry.error = error
         with self._lock:
-            entry.matrices = matrices
-            if matrices is None:
+            if filled is None:
                 self._remove(entry)
+            else:
+                entry.lent = filled.lent
+                self._stats.read_bytes += filled.size
             self._stats.reads += 1
-            self._stats.read_bytes += size
             self._stats.read_seconds += time.perf_counter() - begun
             self._released.notify_all()
         entry.ready.set()
-
-    def _fetch(self, entry: _Entry) -> tuple[Matrices, int]:
-        """Read an expert into its slot and parse it there."""
-        number, expert = entry.key
-        layer, (file, start) = self._layers[number], self._files[number]
-        offset, size, _ = layer.index[expert].tolist()
-        place = entry.slot * self.slot_bytes
-        record = self._memory[place : place + size]
-        file.read_into(record, start + offset, layer.place(expert))
-        known = self._checked.get(entry.key)
-        matrices = known and self._parse_again(layer, expert, record, known)
-        if not matrices:
-            frames = layer.split_record(expert, record)
-            matrices = layer.parse_frames(expert, frames, verify=self._verify)
-            self._checked[entry.key] = [(len(frame), bytes(frame[:_FRAME_HEADER_BYTES])) for frame in frames]
-        return matrices, size
-
-    def _parse_again(
-        self, layer: PackedLayer, expert: int, record: memoryview, known: list[tuple[int, bytes]]
-    ) -> Matrices | None:
-        """Matrices of an expert that was here before, of which only the bodies' checksums are left to check.
-
-        None if a header is not what it was: then everything is.
-        """
-        frames, position = [], 0
-        for number, (size, header) in enumerate(known):
-            frame = record[position : position + size]
-            position += size
-            if frame[:_FRAME_HEADER_BYTES] != header:
-                return None
-            (stored,) = _BODY_CRC32C.unpack_from(header, _BODY_CRC32C_OFFSET)
-            if self._verify and crc32c(frame[_FRAME_HEADER_BYTES:]) != stored:
-                raise ChecksumError(
-                    "illegal",
-                    file=layer.place(expert, number),
-                    field="body_crc32c",
-                    value=stored,
-                    expected="CRC-32C of the body",
-                )
-            frames.append(frame)
-        return layer.parse_frames(expert, frames, verify=False)
-
-
-def _matrices(entry: _Entry) -> Matrices:
-    assert entry.matrices is not None  # it is ready, and held
-    return entry.matrices
+        if filled is not None and filled.finish is not None:
+            filled.finish()
 
 
 def _read_if_alive(cache: weakref.ref[ExpertCache], entry: _Entry) -> None:

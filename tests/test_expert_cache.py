@@ -24,7 +24,8 @@ from qmoe_quantize.pipeline import PackOptions, pack
 
 import qmoe_format
 from qmoe_format import ArgumentError, ChecksumError, FileChangedError, SizeError, UnsupportedModelError
-from qmoe_format.expert_cache import CacheStats, ExpertCache, LeastFrequentlyUsed, parse_size
+from qmoe_format.eviction import LeastFrequentlyUsed
+from qmoe_format.expert_cache import CacheStats, ExpertCache, parse_size
 from qmoe_format.torch import QMoEExperts
 from qmoe_format.transformers import load
 
