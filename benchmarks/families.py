@@ -167,7 +167,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 ENCODER_DECODERS = ("switch_transformers", "nllb-moe")
 NOT_COMPUTED = {"nllb-moe": "transformers runs only experts 0 and 1 of it"}
 """Families that are packed and unpacked, but that transformers does not compute as they were trained."""
-COLUMNS = ("packs", "loads", "logits match", "generates", "save/reload")
+COLUMNS = ("packs", "loads", "logits match", "generates", "save/reload", "expert cache")
+ON_A_GPU = "GPU"
+"""The column that there is where torch finds one: the logits there, and from an expert cache there."""
 TOKENS = torch.arange(22).reshape(2, 11) % 40
 
 
@@ -256,7 +258,23 @@ def check(family: str, folder: Path, dense: str = "copy") -> dict[str, bool | fl
     row["save/reload"] = content(folder / "again") == content(packed) and torch.equal(
         logits(load(folder / "again", dtype=torch.float32)), mine
     )
+    row["expert cache"] = _is_same_cached(packed, model, "cpu")
+    if torch.cuda.is_available():
+        there = load(packed, "cuda", torch.float32)
+        row[ON_A_GPU] = torch.allclose(logits(there, TOKENS.cuda()).cpu(), mine, rtol=1e-3, atol=1e-3)
+        row[ON_A_GPU] &= _is_same_cached(packed, model, "cuda")
     return row
+
+
+def _is_same_cached(packed: Path, model: Any, device: str) -> bool:
+    """Whether a model says the same with room for a quarter of its experts, or those of a token."""
+    experts = [module.num_experts for module in model.modules() if isinstance(module, QMoEExperts)]
+    cached: Any = load(packed, device, torch.float32, expert_cache=max(2, sum(experts) // 4))
+    found = logits(cached, TOKENS.to(device)).cpu()
+    close = 1e-4 if device == "cpu" else 1e-3
+    return (
+        torch.allclose(found, logits(model), rtol=close, atol=close) and cached.expert_cache.stats.reads > 0
+    )
 
 
 def _is_close(source: Path, plain: Path, packed: Path) -> bool:
@@ -277,18 +295,19 @@ def _is_close(source: Path, plain: Path, packed: Path) -> bool:
 
 
 def table(rows: dict[str, dict[str, bool | float]]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown, those that say the same in one."""
 
-    def mark(family: str, row: dict[str, bool | float], column: str) -> str:
+    def mark(row: dict[str, bool | float], column: str) -> str:
         if column not in row:
             return "refused" if row.get("refused") else "–"
         return "yes" if row[column] else "**no**"
 
-    lines = [f"| family | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
-    lines += [
-        f"| `{family}` | {' | '.join(mark(family, row, column) for column in COLUMNS)} |"
-        for family, row in rows.items()
-    ]
+    columns = [*COLUMNS, *([ON_A_GPU] if any(ON_A_GPU in row for row in rows.values()) else [])]
+    same: dict[tuple[str, ...], list[str]] = {}
+    for family, row in rows.items():
+        same.setdefault(tuple(mark(row, column) for column in columns), []).append(f"`{family}`")
+    lines = [f"| family | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    lines += [f"| {', '.join(families)} | {' | '.join(marks)} |" for marks, families in same.items()]
     return "\n".join(lines)
 
 
@@ -319,7 +338,7 @@ def main() -> int:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "device": "cpu",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "families": rows,
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -200,6 +200,11 @@ class ExpertCache:
     ----------
     slots, slot_bytes : int
         A slot is as large as the largest record of the model. Parsed matrices, 1 kB each, come on top.
+    backing : Slots
+        The memory itself.
+    host : ExpertCache or None
+        Where a GPU's slots are filled from: a cache in host memory, whose counts are those of reads from the
+        files.
 
     Raises
     ------
@@ -232,11 +237,12 @@ class ExpertCache:
         self.slot_bytes = round_up(max(largest, 1), RECORD_ALIGNMENT)
         self.slots = min(_slots(size, self.slot_bytes, model.path), sum(layer.experts for layer in layers))
         if slots is None:
-            self._slots: Slots = HostSlots(
+            self.backing: Slots = HostSlots(
                 model, self.slots, self.slot_bytes, verify=verify, page_cache=page_cache
             )
         else:
-            self._slots = slots(self.slots, self.slot_bytes)
+            self.backing = slots(self.slots, self.slot_bytes)
+        self.host: ExpertCache | None = None
         self._policy = POLICIES[policy](self.slots)
         self._next = NextExperts([layer.experts for layer in layers]) if prefetch else None
         self._free = list(range(self.slots - 1, -1, -1))
@@ -299,7 +305,7 @@ class ExpertCache:
         """Stop the threads and close the files; no expert can be asked for any more."""
         self._closed = True
         self._shutdown()
-        self._slots.close()
+        self.backing.close()
 
     def __deepcopy__(self, memo: object) -> Self:
         """The cache itself: copies of a model share it."""
@@ -324,7 +330,7 @@ class ExpertCache:
                 there, missing = self._split(layer, experts, held, waiting)
                 missing = self._reserve(layer, experts, missing, portion_limit, held, waiting)
             # With nothing to compute meanwhile, the first is read by this thread
-            self._start(waiting if there or self._slots.readers_only else waiting[1:])
+            self._start(waiting if there or not self.backing.in_host_memory else waiting[1:])
             if self._next is not None:
                 self._prefetch(self._next, layer, experts)
             if there:
@@ -352,11 +358,11 @@ class ExpertCache:
     ) -> Generator[tuple[list[int], list[Any]]]:
         """Lend what is there, until the next is asked for."""
         slots = [entry.slot for _, entry in portion]
-        self._slots.lend(slots)
+        self.backing.lend(slots)
         try:
             yield [position for position, _ in portion], [entry.lent for _, entry in portion]
         finally:
-            self._slots.take_back(slots)
+            self.backing.take_back(slots)
             self._release(held, [entry for _, entry in portion])
 
     def _split(
@@ -465,7 +471,7 @@ class ExpertCache:
             stalled = 0.0
         else:
             begun = time.perf_counter()
-            if not self._slots.readers_only:
+            if self.backing.in_host_memory:
                 for entry in entries:
                     self._read(entry)
             for entry in entries:
@@ -487,7 +493,7 @@ class ExpertCache:
         begun = time.perf_counter()
         filled: Filled | None = None
         try:
-            filled = self._slots.fill(entry.slot, entry.key)
+            filled = self.backing.fill(entry.slot, entry.key)
         except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait must be told
             entry.error = error
         with self._lock:

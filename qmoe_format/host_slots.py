@@ -42,8 +42,10 @@ class Slots(Protocol):
     The cache sees to it that a slot is filled by one thread at a time, and by none while it is lent.
     """
 
-    readers_only: bool
-    """Whether slots are filled by the cache's own threads alone, never by one that computes."""
+    in_host_memory: bool
+    """If so, :class:`HostExpert` are lent, and who computes with them may fill slots itself meanwhile."""
+    place: str
+    """The device that computes with what is lent."""
 
     def fill(self, slot: int, key: Key) -> Filled:
         """Bring an expert's record into a slot.
@@ -155,7 +157,8 @@ class HostSlots:
         See :class:`RecordFile`.
     """
 
-    readers_only = False
+    in_host_memory = True
+    place = "cpu"
 
     def __init__(
         self, model: PackedModel, count: int, slot_bytes: int, *, verify: bool, page_cache: bool

@@ -199,6 +199,15 @@ class QMoEExperts(torch.nn.Module):
     ) -> torch.Tensor:
         """What :meth:`forward` does when it is called and not traced."""
         self.check_inputs(hidden_states, top_k_index, top_k_weights, self.num_experts)
+        if self.cached is not None and not self.cached.cache.backing.in_host_memory:
+            from . import device_slots
+
+            return device_slots.compute(
+                self.cached,
+                (hidden_states, top_k_index, top_k_weights),
+                self._gpu_activation(),
+                {p.role: self._bias(p) for p in self.layer.projections if p.bias is not None},
+            )
         if hidden_states.is_cuda:
             return self._on_gpu(hidden_states, top_k_index, top_k_weights)
         # In NumPy, which stays on this thread: for few tokens, torch's threads take longer to meet than this.
@@ -263,20 +272,23 @@ class QMoEExperts(torch.nn.Module):
 
     def _on_gpu(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The same by the GPU's kernels, on torch's stream, with no word to or from the host."""
-        from qmoe_gpu_decode import CLAMPED_SWIGLU, torch_ops
+        from qmoe_gpu_decode import torch_ops
 
         tensors = (*self._packed_buffers(), *self.parameters(recurse=False))
         if self._gpu is None or not self._gpu.is_of(tensors):
             biases = {p.role: self._bias(p) for p in self.layer.projections if p.bias is not None}
             self._gpu = _GpuLayer(self.layer, tensors, biases, self.verify)
-        gating = self.layer.gating
-        if gating is None:
-            assert self.act_fn is not None
-            name, numbers = _activation_name(self.act_fn, self.layer.prefix), (0.0, 0.0)
-        else:
-            name, numbers = CLAMPED_SWIGLU, (gating.alpha, gating.limit)
-        output: torch.Tensor = torch_ops.experts(self._gpu.number, x, index, weights, name, *numbers)
+        output: torch.Tensor = torch_ops.experts(self._gpu.number, x, index, weights, *self._gpu_activation())
         return output
+
+    def _gpu_activation(self) -> tuple[str, float, float]:
+        """What the GPU's operator calls the activation, and the numbers of a gating."""
+        from qmoe_gpu_decode import CLAMPED_SWIGLU
+
+        if self.layer.gating is not None:
+            return CLAMPED_SWIGLU, self.layer.gating.alpha, self.layer.gating.limit
+        assert self.act_fn is not None
+        return _activation_name(self.act_fn, self.layer.prefix), 0.0, 0.0
 
     def _packed_buffers(self) -> tuple[torch.Tensor, ...]:
         return (self.qmoe_store, self.qmoe_index, self.qmoe_dictionaries)
@@ -289,13 +301,13 @@ class QMoEExperts(torch.nn.Module):
         place = hidden_states.device
         if self.cached is not None:
             self.cached.cache.require(index.shape[-1], prefix)
-            if place.type != "cpu":
+            if str(place) != self.cached.cache.backing.place:
                 raise UnsupportedModelError(
-                    "experts in an expert cache compute on the CPU",
+                    "the expert cache is elsewhere",
                     file=prefix,
                     field="hidden_states",
                     value=place,
-                    expected="cpu, or a model loaded without expert_cache",
+                    expected=f"{self.cached.cache.backing.place}: load(…, device=…) puts the cache there",
                 )
         own = (*self.named_buffers(recurse=False), *self.named_parameters(recurse=False))
         for name, tensor in (("hidden_states", hidden_states), *own):
@@ -324,14 +336,8 @@ class QMoEExperts(torch.nn.Module):
                 expected=f"both [{hidden_states.shape[0]}, experts per token]",
             )
         # On a GPU a look at the index would wait for it; the kernels skip what is no expert's.
-        if place.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) <= experts:
-            raise ArgumentError(
-                "no such expert",
-                file=prefix,
-                field="top_k_index",
-                value=f"{int(index.min())} … {int(index.max())}",
-                expected=f"0 … {experts}",
-            )
+        if place.type == "cpu":
+            check_index(index.numpy(), experts, prefix)
 
     def _layer(self) -> _ParsedLayer:
         """The parsed layer, made anew when a buffer was replaced, moved or loaded into."""
@@ -399,6 +405,24 @@ def inner(
         return (up + 1) * (gate * torch.sigmoid(gating.alpha * gate))
     assert activation is not None
     return activation(up) if gate is None else activation(gate) * up
+
+
+def check_index(index: NDArray[np.integer[Any]], experts: int, prefix: str) -> None:
+    """Refuse an index of none of so many experts, nor of nobody.
+
+    Raises
+    ------
+    ArgumentError
+        There is one.
+    """
+    if index.size and not 0 <= index.min() <= index.max() <= experts:
+        raise ArgumentError(
+            "no such expert",
+            file=prefix,
+            field="top_k_index",
+            value=f"{index.min()} … {index.max()}",
+            expected=f"0 … {experts}",
+        )
 
 
 def bias_shapes(layer: LayerSpec) -> dict[str, tuple[int, int]]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qmoe_codec.errors import (
+    ArgumentError,
     FileChangedError,
     HeaderError,
     MissingPackageError,
@@ -49,6 +50,7 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     rename_source_key,
 )
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -78,6 +80,7 @@ def load(
     policy: str = "lru",
     page_cache: bool = True,
     prefetch: bool = False,
+    host_cache: str | int | None = None,
     expert_parallel: torch.distributed.ProcessGroup | None = None,
 ) -> transformers.PreTrainedModel:
     """Load a packed model; its experts stay packed and are computed by the C core, or the GPU's kernels.
@@ -96,8 +99,12 @@ def load(
         Instead of `device`: where each part of the model goes, as transformers takes it (needs accelerate).
     expert_cache : str or int, optional
         Leave the experts on disk and keep only as many in memory as fit these bytes, such as ``"4GiB"``, or
-        this number of experts. `policy`, `page_cache` and `prefetch` are then those of :class:`ExpertCache`,
-        which the model has as attribute ``expert_cache``, with counts in its ``stats``.
+        this number of experts: in the GPU's memory, if `device` is one. `policy`, `page_cache` and `prefetch`
+        are then those of :class:`ExpertCache`, which the model has as attribute ``expert_cache``, with counts
+        in its ``stats``.
+    host_cache : str or int, optional
+        With an `expert_cache` on a GPU: keep so many bytes or experts in pinned host memory, too
+        (``expert_cache.host``). Default: they only pass through.
     expert_parallel : ProcessGroup, optional
         Spread the experts of each layer over the ranks of this group of torch.distributed. Each rank reads
         and keeps its own, runs the rest of the model on its own tokens, and has to call the model as often as
@@ -130,28 +137,19 @@ def load(
             value=(expert_cache, "a group"),
             expected="one of them",
         )
-    if expert_cache is not None and torch.device(device).type != "cpu":
-        raise UnsupportedModelError(
-            "experts in an expert cache compute on the CPU", field="device", value=device, expected="cpu"
-        )
     require_device(device, "device")
     if device_map is not None:
         _require_places(device_map)
         if importlib.util.find_spec("accelerate") is None:
             raise MissingPackageError("device_map needs accelerate: pip install accelerate")
+    options = CacheOptions(expert_cache, host_cache, policy, page_cache, prefetch)
+    place = None if expert_cache is None else one_place(device if device_map is None else device_map)
     with open_model(path) as packed:
         model_class = _model_class(path, packed.config)
         cache = None
-        if expert_cache is not None:
-            cache = ExpertCache(
-                packed,
-                expert_cache,
-                policy=policy,
-                verify=verify,
-                page_cache=page_cache,
-                prefetch=prefetch,
-            )
-            cache.require(_experts_per_token(path), path)
+        if place is not None:
+            config = transformers.AutoConfig.from_pretrained(path)
+            cache = make_cache(packed, options, place, config, verify=verify)
         token, group_token = _CACHE.set(cache), _GROUP.set(expert_parallel)
         before = _identities(packed)
         try:
@@ -185,8 +183,6 @@ def load(
     for module in model.modules():
         if isinstance(module, QMoEExperts):
             module.verify = verify
-    if cache is not None:
-        model.expert_cache = cache
     if device_map is None:
         model.to(device)
     loaded_model: transformers.PreTrainedModel = model
@@ -245,11 +241,93 @@ _GROUP: ContextVar[torch.distributed.ProcessGroup | None] = ContextVar("qmoe_exp
 """What :func:`load` tells the quantizer, which transformers makes and calls."""
 
 
-def _experts_per_token(path: Path) -> int:
-    """How many experts of a layer a token goes to, by ``config.json``; 1 if it does not say."""
-    config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+class CacheOptions(NamedTuple):
+    """What :func:`load` says of an expert cache."""
+
+    expert_cache: str | int | None = None
+    host_cache: str | int | None = None
+    policy: str = "lru"
+    page_cache: bool = True
+    prefetch: bool = False
+
+
+def one_place(device_map: Any) -> torch.device:
+    """The device of a whole model, where its one expert cache goes: of a device, or of a map that has one.
+
+    Raises
+    ------
+    UnsupportedModelError
+        There are several, or it is left open which.
+    """
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    found = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places}
+    if len(found) != 1 or not found.isdisjoint({*AUTOMATIC, "disk"}):
+        raise UnsupportedModelError(
+            "an expert cache is on one device",
+            field="device_map",
+            value=device_map,
+            expected="the same device for all of the model, by name",
+        )
+    return torch.device(found.pop())
+
+
+def make_cache(
+    packed: PackedModel,
+    options: CacheOptions,
+    place: torch.device,
+    config: transformers.PreTrainedConfig,
+    *,
+    verify: bool,
+) -> ExpertCache:
+    """The expert cache of a model with this configuration, all of which is on the device `place`.
+
+    Raises
+    ------
+    ArgumentError
+        An option is nonsense, or the cache too small for the experts of one token.
+    FileChangedError
+        A shard was changed since `packed` was opened.
+    """
+    assert options.expert_cache is not None
+    if place.type == "cuda":
+        from .device_slots import CudaStreams, gpu_cache
+
+        number = torch.cuda.current_device() if str(place) == "cuda" else place.index
+        cache = gpu_cache(
+            packed,
+            options.expert_cache,
+            CudaStreams(number),
+            host_cache=options.host_cache,
+            policy=options.policy,
+            verify=verify,
+            page_cache=options.page_cache,
+            prefetch=options.prefetch,
+        )
+    elif options.host_cache is not None:
+        raise ArgumentError(
+            "is what a GPU's expert cache is filled from",
+            field="host_cache",
+            value=options.host_cache,
+            expected=f"none on {place}: expert_cache is in host memory there",
+        )
+    else:
+        cache = ExpertCache(
+            packed,
+            options.expert_cache,
+            policy=options.policy,
+            verify=verify,
+            page_cache=options.page_cache,
+            prefetch=options.prefetch,
+        )
+    cache.require(_experts_per_token(config), packed.path)
+    return cache
+
+
+def _experts_per_token(config: transformers.PreTrainedConfig) -> int:
+    """How many experts of a layer a token goes to; 1 if the configuration does not say."""
+    text = config.get_text_config()
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
-    values = [getattr(config, name, None) for name in names]
+    values = [getattr(text, name, None) for name in names]
     return max((value for value in values if isinstance(value, int)), default=1)
 
 
@@ -275,19 +353,72 @@ def _one_line(error: Exception) -> str:
 class QMoEConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed model (spec 6.3), as it stands in ``config.json``.
 
+    Or, as an argument of ``from_pretrained``, how to load it:
+    ``quantization_config=QMoEConfig(expert_cache="4GiB")``.
+
+    Parameters
+    ----------
+    verify, expert_cache, host_cache, policy, page_cache, prefetch
+        As for :func:`load`; of the loading, never of a file.
+    **entries
+        What stands in ``config.json``; none in an argument of ``from_pretrained``.
+
     Raises
     ------
     HeaderError, VersionError
         Something in it is missing or illegal, or it is of another version of the format.
+    UnsupportedModelError
+        This transformers would not heed it as an argument.
     """
 
-    def __init__(self, **entries: Any) -> None:
-        self.__dict__.update(entries)
-        self.parsed()
+    def __init__(
+        self,
+        *,
+        verify: bool = True,
+        expert_cache: str | int | None = None,
+        host_cache: str | int | None = None,
+        policy: str = "lru",
+        page_cache: bool = True,
+        prefetch: bool = False,
+        **entries: Any,
+    ) -> None:
+        self.__dict__.update({"quant_method": "qmoe", **entries})
+        self.verify = verify
+        self.cache = CacheOptions(expert_cache, host_cache, policy, page_cache, prefetch)
+        if entries:
+            self.parsed()
+        elif not _LOADING_TYPES:
+            raise UnsupportedModelError(
+                f"transformers {transformers.__version__} would not heed it: call load()",
+                field="quantization_config",
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What a file says, which does not say how to load it."""
+        entries = {name: value for name, value in config_dict.items() if name not in _LOADING}
+        config = cls(**{"quant_method": None, **entries})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes from a config that it is given; the rest is the checkpoint's."""
+        return {"verify": self.verify, "cache": self.cache}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in ``config.json``."""
+        return {name: value for name, value in super().to_dict().items() if name not in ("verify", "cache")}
 
     def parsed(self) -> QuantizationConfig:
         """What a reader uses of it."""
         return QuantizationConfig.parse({"quantization_config": self.to_dict()}, "config.json")
+
+
+_LOADING = ("verify", *CacheOptions._fields)
+
+# Configs of these classes are asked for their loading attributes; transformers has no other way to say so
+_LOADING_TYPES: Any = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", ())
+if _LOADING_TYPES:
+    setattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", (*_LOADING_TYPES, QMoEConfig))  # noqa: B010
 
 
 @register_quantizer("qmoe")
@@ -302,6 +433,7 @@ class QMoEQuantizer(HfQuantizer):
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._renamed: list[WeightRenaming] = []
         self._is_saving = False
+        self._cache: ExpertCache | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse devices that packed experts cannot be on."""
@@ -311,7 +443,8 @@ class QMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self,
         model: transformers.PreTrainedModel,
-        checkpoint_files: Iterable[str] | None = None,
+        checkpoint_files: Sequence[str] | None = None,
+        device_map: Any = None,
         **kwargs: Any,
     ) -> None:
         renamings = [
@@ -319,7 +452,7 @@ class QMoEQuantizer(HfQuantizer):
         ]
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         config = self.quantization_config.parsed()
-        cache = _CACHE.get()
+        cache = self._cache = _CACHE.get() or self._new_cache(model, checkpoint_files or (), device_map)
         stored = _stored_shapes(checkpoint_files or ())
         for prefix, layer in config.layers.items():
             if any(re.search(pattern, prefix + STORE) for pattern in ignored):
@@ -345,6 +478,17 @@ class QMoEQuantizer(HfQuantizer):
             name: (parameter.shape, wanted_dtype(model, name)) for name, parameter in model.named_parameters()
         }
 
+    def _new_cache(
+        self, model: transformers.PreTrainedModel, files: Sequence[str], device_map: Any
+    ) -> ExpertCache | None:
+        """The cache that a config given to ``from_pretrained`` asks for."""
+        config = self.quantization_config
+        if config.cache.expert_cache is None:
+            return None
+        place = one_place("cpu" if device_map is None else device_map)
+        with open_model(Path(files[0]).parent) as packed:
+            return make_cache(packed, config.cache, place, model.config, verify=config.verify)
+
     def _process_model_after_weight_loading(
         self, model: transformers.PreTrainedModel, **kwargs: Any
     ) -> transformers.PreTrainedModel:
@@ -368,6 +512,11 @@ class QMoEQuantizer(HfQuantizer):
         # The experts have no gradient, so none may be asked of what comes before them
         model.requires_grad_(False)
         anything.save_pretrained = PackedSaver(model)
+        if self._cache is not None:
+            anything.expert_cache = self._cache
+        for module in model.modules():
+            if isinstance(module, QMoEExperts):
+                module.verify = self.quantization_config.verify
         return model
 
     def update_weight_conversions(

@@ -18,6 +18,7 @@ import packed_models
 import pytest
 import source_models
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from qmoe_quantize.pipeline import PackOptions, pack
@@ -27,7 +28,7 @@ from qmoe_format import ArgumentError, ChecksumError, FileChangedError, SizeErro
 from qmoe_format.eviction import LeastFrequentlyUsed
 from qmoe_format.expert_cache import CacheStats, ExpertCache, parse_size
 from qmoe_format.torch import QMoEExperts
-from qmoe_format.transformers import load
+from qmoe_format.transformers import QMoEConfig, load
 
 LAYERS, EXPERTS = 3, 6
 PREFIXES = [packed_models.layer_spec(number).prefix for number in range(LAYERS)]
@@ -380,6 +381,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones
 
 ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
 }
 
@@ -430,6 +432,63 @@ def test_a_model_in_a_quarter_of_the_memory_says_the_same(
     assert not list(family.parent.glob("*again*"))
 
 
+def test_from_pretrained_takes_a_cache(family: Path) -> None:
+    auto: Any = transformers.AutoModelForCausalLM
+    if "switch" in str(family):
+        auto = transformers.AutoModelForSeq2SeqLM
+    config = QMoEConfig(expert_cache=3, policy="lfu", page_cache=False, prefetch=True)
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = auto.from_pretrained(family, quantization_config=config)
+    assert model.expert_cache.stats.slots == 3
+    assert text_of(model) == text_of(load(family))
+    assert model.expert_cache.stats.reads > 3
+    assert not any(".qmoe_" in name for name in model.state_dict())
+    # What a config.json has is as it was
+    assert model.config.quantization_config.to_dict() == load(family).config.quantization_config.to_dict()
+    assert not hasattr(auto.from_pretrained(family), "expert_cache")
+
+
+def test_a_file_does_not_say_how_it_is_loaded(tmp_path: Path) -> None:
+    model = packed_family(tmp_path, "olmoe")
+    packed_models.edit_json(
+        model / "config.json",
+        lambda config: config["quantization_config"].update(expert_cache=3, verify=False),
+    )
+    packed_models.sign(model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    assert not hasattr(loaded, "expert_cache")
+    assert all(module.verify for module in loaded.modules() if isinstance(module, QMoEExperts))
+
+
+def test_what_from_pretrained_refuses_of_a_cache(tmp_path: Path) -> None:
+    model = packed_family(tmp_path, "olmoe")
+    auto = transformers.AutoModelForCausalLM
+    refused: list[tuple[dict[str, Any], Any, type[Exception], str]] = [
+        ({"expert_cache": 1}, None, ArgumentError, "too small for the experts of one token"),
+        ({"expert_cache": 3, "policy": "fifo"}, None, ArgumentError, "no such policy"),
+        ({"expert_cache": 3, "host_cache": 3}, None, ArgumentError, "host_cache: is what a GPU's"),
+        ({"expert_cache": 3}, "auto", UnsupportedModelError, "an expert cache is on one device"),
+        ({"expert_cache": 3}, {"model": "cpu", "lm_head": "disk"}, UnsupportedModelError, "one device"),
+    ]
+    for options, device_map, error, message in refused:
+        with pytest.warns(UserWarning), pytest.raises(error, match=message):
+            auto.from_pretrained(
+                model,
+                quantization_config=QMoEConfig(**options),
+                device_map=device_map,
+                offload_folder=tmp_path,
+            )
+        if device_map is not None:
+            with pytest.raises(error, match=message):
+                load(model, device_map=device_map, **options)
+
+
+def test_a_transformers_that_would_not_heed_a_config_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qmoe_format.transformers._LOADING_TYPES", ())
+    with pytest.raises(UnsupportedModelError, match=r"quantization_config: .*would not heed it: call load"):
+        QMoEConfig(expert_cache=3)
+
+
 def test_threads_share_a_model(family: Path) -> None:
     model = load(family, expert_cache=3, prefetch=True)
     expected_text = text_of(load(family))
@@ -447,7 +506,7 @@ def test_too_small_for_a_token_is_refused_when_loading(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"too small for the experts of one token.*at least 3 slots"):
         load(tmp_path / "packed", expert_cache=2)
     load(tmp_path / "packed", expert_cache=3)
-    with pytest.raises(UnsupportedModelError, match=r"expert cache.*found cuda:1"):
+    with pytest.raises(UnsupportedModelError, match=r"device: torch finds no such device \(found cuda:1"):
         load(tmp_path / "packed", device="cuda:1", expert_cache=3)
 
     def shrink(config: Any) -> None:

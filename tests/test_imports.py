@@ -34,7 +34,18 @@ RULES = {
     "qmoe_gpu_decode.torch_ops": Rule({"numpy", "qmoe_codec", "qmoe_gpu_decode", "torch"}),
     "qmoe_format": Rule(CONTAINER),
     "qmoe_format.torch": Rule(
-        {*CONTAINER, "qmoe_format", "torch"}, {"qmoe_gpu_decode", "qmoe_gpu_decode.torch_ops"}
+        {*CONTAINER, "qmoe_format", "torch"},
+        {"qmoe_gpu_decode", "qmoe_gpu_decode.torch_ops", "qmoe_format.device_slots"},
+    ),
+    "qmoe_format.device_slots": Rule(
+        {
+            *CONTAINER,
+            "qmoe_format",
+            "qmoe_format.torch",
+            "qmoe_gpu_decode",
+            "qmoe_gpu_decode.torch_ops",
+            "torch",
+        }
     ),
     "qmoe_format.expert_parallel": Rule({*CONTAINER, "qmoe_format", "qmoe_format.torch", "torch"}),
     "qmoe_format.saving": Rule(
@@ -50,7 +61,7 @@ RULES = {
             "torch",
             "transformers",
         },
-        {"qmoe_gpu_decode"},
+        {"qmoe_format.device_slots"},
     ),
     "qmoe_format.hdf5": Rule({*CONTAINER, "qmoe_format"}, {"h5py"}),
     "qmoe_quantize": Rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,15 @@ class Gating(NamedTuple):
 NO_GATING = Gating(0.0, 0.0)
 
 
+class LentExpert(NamedTuple):
+    """One expert of :class:`LentExperts`."""
+
+    descriptors: NDArray[np.uint8]
+    """Of its matrices: their bytes."""
+    needs_in: Needs
+    needs_out: Needs
+
+
 class Plans(NamedTuple):
     """Tokens of a tile, and the specialisations of the kernels."""
 
@@ -54,8 +64,103 @@ class Plans(NamedTuple):
     leave: Plan
 
 
-class PackedExperts:
-    """The packed experts of one layer on a device.
+class DeviceExperts:
+    """Experts of one layer as the kernels know them, wherever on the device their frames lie.
+
+    Parameters
+    ----------
+    projections : sequence of ExpertProjection
+        In the order of the frames in a record.
+    device : Device
+
+    Raises
+    ------
+    ArgumentError
+        Projections that cannot be computed with.
+    """
+
+    experts: int
+    descriptors: Any
+    """Of the matrices, [experts, projections]: on the device."""
+    tables: Any
+    """The dictionaries that the descriptors mean: on the device."""
+    needs_in: Needs
+    needs_out: Needs
+    biases: dict[str, Any]
+    """By role, float32 [experts, rows], on the device."""
+
+    def __init__(self, projections: Sequence[ExpertProjection], device: Device) -> None:
+        self.device = device
+        self.projections = tuple(projections)
+        roles = [projection.role for projection in projections]
+        if sorted(roles) not in (["down", "up"], ["down", "gate", "up"]):
+            raise ArgumentError(
+                "cannot compute with these", field="role", value=roles, expected="[gate,] up, down"
+            )
+        self.numbers = {role: number for number, role in enumerate(roles)}
+        self.gated = "gate" in roles
+        up, down = (projections[self.numbers[role]] for role in ("up", "down"))
+        self.hidden, self.intermediate = up.columns, up.rows
+        for projection in projections:
+            shape = (up.columns, up.rows) if projection is down else (up.rows, up.columns)
+            if (projection.rows, projection.columns) != shape:
+                raise ArgumentError(
+                    "shapes do not fit each other", field="projections", value=tuple(projections)
+                )
+        self._plans: dict[tuple[Any, ...], Plans] = {}
+
+    def _take_biases(self, biases: Mapping[str, Any] | None, experts: int) -> None:
+        self.biases = dict(biases or {})
+        for role, bias in self.biases.items():
+            known = role in self.numbers
+            expected = (experts, self.projections[self.numbers[role]].rows) if known else None
+            if tuple(bias.shape) != expected or str(bias.dtype).removeprefix("torch.") != "float32":
+                raise ArgumentError(
+                    "unfit",
+                    field=f"biases: {role}",
+                    value=(tuple(bias.shape), str(bias.dtype)),
+                    expected=f"float32 {expected}" if expected else list(self.numbers),
+                )
+
+    def _needs(self, headers: Sequence[FrameHeader]) -> tuple[Needs, Needs]:
+        """What gate and up need of the kernels, and what down does: headers of whole experts."""
+        down, count = self.numbers["down"], len(self.projections)
+        inner = [header for place, header in enumerate(headers) if place % count != down]
+        return Needs.of(inner), Needs.of(headers[down::count])
+
+    def plans(
+        self, pairs: int, tokens: int, activation: str, dtypes: tuple[str, str, str], warps: int
+    ) -> Plans:
+        """The plans for a call of this kind; made once."""
+        average = pairs / max(1, self.experts)
+        tile = (
+            1 if tokens == 1 else min(MOST_TOKENS, max(2, 1 << int(np.ceil(np.log2(max(1.0, 2 * average))))))
+        )
+        if activation == CLAMPED_SWIGLU and not self.gated:
+            raise ArgumentError("needs a gate", field="activation", value=activation)
+        key = (self.needs_in, self.needs_out, tile, activation, dtypes, warps)
+        found = self._plans.get(key)
+        if found is None:
+            x_kind, limit = KINDS[dtypes[0]], self.device.shared_limit
+            sets = 2 if self.gated else 1
+            enter = make_plan(self.needs_in, self.hidden, tile, x_kind, limit, warps=warps, sets=sets)
+            leave = make_plan(self.needs_out, self.intermediate, tile, KINDS["float32"], limit, warps=warps)
+            tile = min(enter.tokens, leave.tokens)  # both take the same tiles
+            enter = make_plan(self.needs_in, self.hidden, tile, x_kind, limit, warps=warps, sets=sets)
+            leave = make_plan(self.needs_out, self.intermediate, tile, KINDS["float32"], limit, warps=warps)
+            enter.definitions.update(ACTIVATION=ACTIVATIONS[activation], GATED=int(self.gated))
+            route = {
+                "TOKENS": tile,
+                "INDEX_SIZE": INDEX_SIZES[dtypes[1]],
+                "WEIGHT_KIND": KINDS[dtypes[2]],
+                "OUT_KIND": x_kind,
+            }
+            found = self._plans[key] = Plans(tile, route, enter, leave)
+        return found
+
+
+class PackedExperts(DeviceExperts):
+    """The packed experts of one layer on a device, all of them.
 
     Parameters
     ----------
@@ -96,33 +201,8 @@ class PackedExperts:
         biases: Mapping[str, Any] | None = None,
         verify: bool = True,
     ) -> None:
-        self.device = device
-        self.projections = tuple(projections)
-        roles = [projection.role for projection in projections]
-        if sorted(roles) not in (["down", "up"], ["down", "gate", "up"]):
-            raise ArgumentError(
-                "cannot compute with these", field="role", value=roles, expected="[gate,] up, down"
-            )
-        self.numbers = {role: number for number, role in enumerate(roles)}
-        self.gated = "gate" in roles
-        up, down = (projections[self.numbers[role]] for role in ("up", "down"))
-        self.hidden, self.intermediate = up.columns, up.rows
-        for projection in projections:
-            shape = (up.columns, up.rows) if projection is down else (up.rows, up.columns)
-            if (projection.rows, projection.columns) != shape:
-                raise ArgumentError(
-                    "shapes do not fit each other", field="projections", value=tuple(projections)
-                )
-        self.biases = dict(biases or {})
-        for role, bias in self.biases.items():
-            expected = (len(index), projections[self.numbers[role]].rows) if role in self.numbers else None
-            if tuple(bias.shape) != expected or str(bias.dtype).removeprefix("torch.") != "float32":
-                raise ArgumentError(
-                    "unfit",
-                    field=f"biases: {role}",
-                    value=(tuple(bias.shape), str(bias.dtype)),
-                    expected=f"float32 {expected}" if expected else roles,
-                )
+        super().__init__(projections, device)
+        self._take_biases(biases, len(index))
         view = as_bytes(store)
         headers: list[FrameHeader] = []
         offsets: list[int] = []
@@ -161,45 +241,84 @@ class PackedExperts:
         records = [describe(h, base + o, tables) for h, o in zip(headers, offsets, strict=True)]
         packed = np.stack(records) if records else np.zeros(0, DESCRIPTOR)
         self.descriptors = device.upload(packed.view(np.uint8))
-        down_number = self.numbers["down"]
-        by_role = [headers[number :: len(projections)] for number in range(len(projections))]
-        self.needs_in = Needs.of([h for n, some in enumerate(by_role) if n != down_number for h in some])
-        self.needs_out = Needs.of(by_role[down_number])
-        self._plans: dict[tuple[Any, ...], Plans] = {}
+        self.needs_in, self.needs_out = self._needs(headers)
 
-    def plans(
-        self, pairs: int, tokens: int, activation: str, dtypes: tuple[str, str, str], warps: int
-    ) -> Plans:
-        """The plans for a call of this kind; made once."""
-        average = pairs / max(1, self.experts)
-        tile = (
-            1 if tokens == 1 else min(MOST_TOKENS, max(2, 1 << int(np.ceil(np.log2(max(1.0, 2 * average))))))
-        )
-        if activation == CLAMPED_SWIGLU and not self.gated:
-            raise ArgumentError("needs a gate", field="activation", value=activation)
-        key = (tile, activation, dtypes, warps)
-        found = self._plans.get(key)
-        if found is None:
-            x_kind, limit = KINDS[dtypes[0]], self.device.shared_limit
-            sets = 2 if self.gated else 1
-            enter = make_plan(self.needs_in, self.hidden, tile, x_kind, limit, warps=warps, sets=sets)
-            leave = make_plan(self.needs_out, self.intermediate, tile, KINDS["float32"], limit, warps=warps)
-            tile = min(enter.tokens, leave.tokens)  # both take the same tiles
-            enter = make_plan(self.needs_in, self.hidden, tile, x_kind, limit, warps=warps, sets=sets)
-            leave = make_plan(self.needs_out, self.intermediate, tile, KINDS["float32"], limit, warps=warps)
-            enter.definitions.update(ACTIVATION=ACTIVATIONS[activation], GATED=int(self.gated))
-            route = {
-                "TOKENS": tile,
-                "INDEX_SIZE": INDEX_SIZES[dtypes[1]],
-                "WEIGHT_KIND": KINDS[dtypes[2]],
-                "OUT_KIND": x_kind,
-            }
-            found = self._plans[key] = Plans(tile, route, enter, leave)
-        return found
+
+class LentExperts(DeviceExperts):
+    """Some experts of a layer, each in a slot of device memory: what a cache lends.
+
+    Made for a layer without any; :meth:`some` gives what can be computed with.
+
+    Parameters
+    ----------
+    projections, device
+        As for :class:`DeviceExperts`.
+    dictionaries : mapping of int to Dictionary
+        All that the layer's frames may name, by id.
+    """
+
+    def __init__(
+        self,
+        projections: Sequence[ExpertProjection],
+        dictionaries: Mapping[int, Dictionary],
+        device: Device,
+    ) -> None:
+        super().__init__(projections, device)
+        self._tables = Tables(dictionaries)
+        self.tables = device.upload(self._tables.words)
+        self.experts = 0
+        self.needs_in = self.needs_out = Needs(0, 0)
+
+    def describe(self, record: Buffer, place: int) -> LentExpert:
+        """An expert whose record, checked before, lies at this address of the device.
+
+        Parameters
+        ----------
+        record : buffer
+            The same bytes on the host.
+        place : int
+            A multiple of 16.
+        """
+        view = as_bytes(record)
+        headers: list[FrameHeader] = []
+        descriptors = np.zeros(len(self.projections), DESCRIPTOR)
+        offset = 0
+        for number in range(len(self.projections)):
+            header = read_frame_header(view, offset)
+            headers.append(header)
+            descriptors[number] = describe(header, place + offset, self._tables)
+            offset += header.frame_size
+        return LentExpert(descriptors.view(np.uint8), *self._needs(headers))
+
+    def some(
+        self,
+        experts: Sequence[LentExpert],
+        upload: Callable[[NDArray[np.uint8]], Any],
+        biases: Mapping[str, Any] | None = None,
+    ) -> LentExperts:
+        """These, numbered from 0 on, as the operators take them.
+
+        Parameters
+        ----------
+        experts : sequence of LentExpert
+            At least one.
+        upload : callable
+            Copies bytes to the device, before what is launched next on the stream that computes.
+        biases : mapping of str to array, optional
+            Theirs, as for :class:`PackedExperts`.
+        """
+        chosen = copy.copy(self)
+        chosen._take_biases(biases, len(experts))
+        # What was needed before is kept, so that it comes to few specialisations of the kernels
+        self.needs_in = chosen.needs_in = Needs.together([self.needs_in, *(e.needs_in for e in experts)])
+        self.needs_out = chosen.needs_out = Needs.together([self.needs_out, *(e.needs_out for e in experts)])
+        chosen.experts = len(experts)
+        chosen.descriptors = upload(np.concatenate([e.descriptors for e in experts]))
+        return chosen
 
 
 def launch_experts(
-    experts: PackedExperts,
+    experts: DeviceExperts,
     x: Any,
     index: Any,
     weights: Any,
@@ -259,7 +378,7 @@ def launch_experts(
 
 
 def _launch_some(
-    experts: PackedExperts,
+    experts: DeviceExperts,
     arrays: tuple[np.uint64, np.uint64, np.uint64, np.uint64],
     scratch: tuple[np.uint64, np.uint64, np.uint64, np.uint64],
     counts: tuple[int, int, int],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,6 +111,15 @@ class Needs:
             codecs |= CODEC_BITS[header.bits]
         sizes = [4 * table_words(h.bits) * h.dictionary_count for h in headers if h.codec != CODEC_RAW]
         return cls(codecs or 1, max(sizes, default=0))
+
+    @classmethod
+    def together(cls, several: Iterable[Needs]) -> Needs:
+        """Of all that these are of."""
+        codecs, table_bytes = 0, 0
+        for needs in several:
+            codecs |= needs.codecs
+            table_bytes = max(table_bytes, needs.table_bytes)
+        return cls(codecs, table_bytes)
 
 
 def check_frame(frame: Buffer, dictionaries: Mapping[int, Dictionary], *, verify: bool = True) -> FrameHeader:

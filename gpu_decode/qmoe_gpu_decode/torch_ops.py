@@ -16,7 +16,7 @@ from typing import Any
 from qmoe_codec.errors import ArgumentError, MissingPackageError
 
 from .device import CudaDevice
-from .experts import ACTIVATIONS, CLAMPED_SWIGLU, Gating, PackedExperts, launch_experts
+from .experts import ACTIVATIONS, CLAMPED_SWIGLU, DeviceExperts, Gating, launch_experts
 from .matrices import PackedMatrices
 from .products import launch_decode, launch_matmul
 
@@ -31,10 +31,10 @@ LARGE_BATCH = 256
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INDEX_NAMES = {torch.int32: "int32", torch.int64: "int64"}
 _numbers = itertools.count(1)
-_packed: weakref.WeakValueDictionary[int, PackedMatrices | PackedExperts] = weakref.WeakValueDictionary()
+_packed: weakref.WeakValueDictionary[int, PackedMatrices | DeviceExperts] = weakref.WeakValueDictionary()
 
 
-def register(packed: PackedMatrices | PackedExperts) -> int:
+def register(packed: PackedMatrices | DeviceExperts) -> int:
     """The number by which the operators know it, as long as the caller keeps it."""
     number = next(_numbers)
     _packed[number] = packed
@@ -56,7 +56,7 @@ def _name(tensor: torch.Tensor, names: dict[torch.dtype, str], field: str) -> st
     return names[tensor.dtype]
 
 
-def _stream(packed: PackedMatrices | PackedExperts, *tensors: torch.Tensor) -> int | None:
+def _stream(packed: PackedMatrices | DeviceExperts, *tensors: torch.Tensor) -> int | None:
     """torch's current stream; all tensors have to be on the device of what is packed."""
     device = packed.device
     if not isinstance(device, CudaDevice):
@@ -119,12 +119,12 @@ def experts(
     alpha: float = 0.0,
     limit: float = 0.0,
 ) -> torch.Tensor:
-    """Route x [tokens, hidden] through the :class:`PackedExperts` that index [tokens, choices] names.
+    """Route x [tokens, hidden] through the :class:`DeviceExperts` that index [tokens, choices] names.
 
     An index that is not an expert's is skipped. `activation` is one of ACTIVATIONS; `alpha` and `limit` are
     the clamped SwiGLU's.
     """
-    layer: PackedExperts = _find(packed, PackedExperts)
+    layer: DeviceExperts = _find(packed, DeviceExperts)
     if activation not in ACTIVATIONS:
         raise ArgumentError("no such one", field="activation", value=activation, expected=list(ACTIVATIONS))
     if activation == CLAMPED_SWIGLU and not (alpha > 0 and limit > 0):
