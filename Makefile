@@ -35,7 +35,7 @@ test-transformers: $(INSTALLED) ## run the loader's tests with another transform
 	@test -d build/transformers-$(VERSION) || $(PIP) install --target build/transformers-$(VERSION) \
 		-c build/constraints-transformers.txt transformers==$(VERSION)
 	PYTHONPATH=build/transformers-$(VERSION) $(BIN)/python -m pytest tests/test_transformers.py \
-		tests/test_fused.py tests/test_torch.py $(ARGS)
+		tests/test_fused.py tests/test_torch.py tests/test_expert_cache.py $(ARGS)
 
 bench: $(INSTALLED) ## print the size of the format against other codes
 	$(BIN)/python benchmarks/format_rate.py $(ARGS)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -28,11 +29,12 @@ from qmoe_codec import (
     join_dictionaries,
     read_frame_header,
 )
-from qmoe_codec.reference import assemble, crc32c, decode, pack_array
+from qmoe_codec.reference import assemble, convert, crc32c, decode, pack_array
 from valid_streams import random_frame
 
-from qmoe_format import LayerSpec, PackedModelWriter, Projection
+from qmoe_format import LayerSpec, PackedModel, PackedModelWriter, Projection
 from qmoe_format import open as open_model
+from qmoe_format.container import Gating
 
 VECTORS = Path(__file__).parent / "vectors"
 Vector = tuple[str, bytes, dict[str, Any]]
@@ -533,21 +535,87 @@ def write_model(out: Path) -> None:
     tokenizer.unlink()
 
 
+FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
+
+
+def layers_of_1_1() -> list[LayerSpec]:
+    """One layer with all that version 1.1 adds, and one with biases of each expert apart, without a gate."""
+    fused, down = f"{FIRST}.gate_up_proj", f"{FIRST}.down_proj"
+    layout: dict[str, Any] = {"transposed": True, "interleaved": True, "bias": f"{fused}_bias"}
+    first = (
+        Projection("gate_proj", "gate", fused, 9, 40, **layout),
+        Projection("up_proj", "up", fused, 9, 40, **layout),
+        Projection("down_proj", "down", down, 40, 9, transposed=True, bias=f"{down}_bias"),
+    )
+    apart = SECOND + ".{expert}.fc"
+    second = (
+        Projection("fc1", "up", f"{apart}1.weight", 12, 40, bias=f"{apart}1.bias"),
+        Projection("fc2", "down", f"{apart}2.weight", 40, 12, bias=f"{apart}2.bias"),
+    )
+    return [
+        LayerSpec(FIRST, 3, first, "BF16", Gating("clamped_swiglu", 1.702, 0.5)),
+        LayerSpec(SECOND, 2, second, "F32"),
+    ]
+
+
+def write_model_1_1(out: Path) -> None:
+    """A packed model of a few kB: fused, transposed, interleaved, with biases and a gating."""
+    used = [DICTIONARIES["trees-8"], DICTIONARIES["trees-10"]]
+
+    class Dictionaries:
+        def to_bytes(self) -> bytes:
+            return join_dictionaries(used)
+
+    def record(layer: LayerSpec, expert: int) -> list[bytes]:
+        frames = []
+        for number, p in enumerate(layer.projections):
+            name = f"model 1.1 {layer.prefix} {expert} {number}"
+            choice = [*used, None][(expert + number) % 3]
+            trits = random_matrix(name, p.rows, p.columns, 0.7)
+            levels = 4 * random_levels(name, p.rows)
+            frames.append(encode(trits, levels, choice, level_format=LEVEL_FORMATS[expert]))
+        return frames
+
+    def bias(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return seed(f"model 1.1 {name}").normal(0, 0.3, shape).astype("<f4")
+
+    with PackedModelWriter(out) as writer:
+        for layer in layers_of_1_1():
+            records = [(record(layer, expert), -1) for expert in range(layer.experts)]
+            writer.add_layer(layer, records, Dictionaries())
+        fused, down = bias("gate_up_proj", (3, 18)), bias("down_proj", (3, 40))
+        writer.add_dense_zstd(f"{FIRST}.gate_up_proj_bias", "F32", (3, 18), fused.tobytes())
+        writer.add_dense(f"{FIRST}.down_proj_bias", "BF16", (3, 40), convert(down, "bfloat16").tobytes())
+        for expert, (name, rows) in itertools.product(range(2), (("fc1", 12), ("fc2", 40))):
+            place = f"{SECOND}.{expert}.{name}.bias"
+            writer.add_dense(place, "F32", (rows,), bias(place, (rows,)).tobytes())
+        config = {"model_type": "gpt_oss", "hidden_size": 40, "hidden_act": "silu"}
+        writer.finish(config, {"method": "nearest"})
+
+
 def describe_model(path: Path) -> dict[str, Any]:
     """What a reader must find in a packed model, by the reference codec."""
     with open_model(path) as model:
         experts: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         for prefix in model.layers:
             layer = model.layer(prefix)
             known = {identity: d.reference for identity, d in layer.dictionaries.items()}
             for expert in range(layer.experts):
+                weights = {}
                 for projection, frame in zip(layer.spec.projections, layer.frames(expert), strict=True):
                     trits, levels = decode(frame, known)
-                    experts[projection.tensor_name(expert)] = {
+                    experts[projection.matrix_name(expert)] = {
                         "shape": list(trits.shape),
                         "trits_sha256": hashlib.sha256(trits.tobytes()).hexdigest(),
                         "levels_sha256": hashlib.sha256(levels.astype("<f4").tobytes()).hexdigest(),
                     }
+                    weights[projection.name] = np.where(trits < 0, levels[:, :1], levels[:, 1:]) * (
+                        trits != 0
+                    )
+                if layer.spec.features:
+                    y = expert_output(model, layer.spec, expert, weights)
+                    outputs.setdefault(prefix, []).append([float(f"{value:.9g}") for value in y])
         dense = {name: model.dense(name) for name in model.dense_names()}
         return {
             "experts": experts,
@@ -555,15 +623,43 @@ def describe_model(path: Path) -> dict[str, Any]:
                 name: {"dtype": dtype, "shape": list(shape), "sha256": hashlib.sha256(data).hexdigest()}
                 for name, (dtype, shape, data) in dense.items()
             },
+            **({"outputs": outputs} if outputs else {}),
         }
 
 
-def make_model(version: str) -> None:
-    """Make the model of this version once. Its bytes come from a writer, so they are kept, not made again."""
+def expert_output(
+    model: PackedModel, layer: LayerSpec, expert: int, weights: dict[str, np.ndarray]
+) -> np.ndarray:
+    """What an expert makes of x[c] = (c mod 7 - 3) / 4, in float64, as spec 6.3 says; act is SiLU."""
+
+    def product(projection: Projection, x: np.ndarray) -> np.ndarray:
+        assert projection.bias is not None
+        dtype, shape, data = model.dense(projection.bias.replace("{expert}", str(expert)))
+        if dtype == "BF16":
+            bias = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+        else:
+            bias = np.frombuffer(data, "<f4").reshape(shape)
+        if projection.fused:
+            sharing = [p for p in layer.projections if p.tensor == projection.tensor]
+            bias = bias[expert, sharing.index(projection) :: len(sharing)]
+        return weights[projection.name].astype(np.float64) @ x + bias
+
+    by_role = {projection.role: projection for projection in layer.projections}
+    x = (np.arange(by_role["up"].columns) % 7 - 3) / 4
+    up = product(by_role["up"], x)
+    if layer.gating is None:
+        return product(by_role["down"], up / (1 + np.exp(-up)))
+    gate = np.minimum(product(by_role["gate"], x), layer.gating.limit)
+    up = np.clip(up, -layer.gating.limit, layer.gating.limit)
+    return product(by_role["down"], (up + 1) * gate / (1 + np.exp(-layer.gating.alpha * gate)))
+
+
+def make_model(version: str, write: Callable[[Path], None]) -> None:
+    """Have the model of this version written once: its bytes come from a writer, so they are kept."""
     folder = VECTORS / "models"
     if not (folder / version).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_model(folder / version)
+        write(folder / version)
         files = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted((folder / version).iterdir())
@@ -587,7 +683,8 @@ def main() -> None:
         path.write_bytes(content)
     if differing:
         raise SystemExit(f"not replaced, since vectors are kept for good: {', '.join(differing)}")
-    make_model("1.0")
+    make_model("1.0", write_model)
+    make_model("1.1", write_model_1_1)
     text = json.dumps({"format": "qmoe", "version": "1.0", "vectors": manifest}, indent=1, sort_keys=True)
     (VECTORS / "manifest.json").write_text(text + "\n")
     print(f"{len(manifest)} vectors in {VECTORS}")

@@ -21,6 +21,7 @@ from qmoe_codec import (
     read_frame_header,
 )
 from reference_program import SANITIZE, ReferenceProgram, build, sanitizers_work
+from safetensors.torch import load_file
 from strategies import reseal, some_dictionaries
 from valid_streams import random_frame
 
@@ -71,6 +72,41 @@ def test_valid_vectors(run: Run, kind: str) -> None:
         assert summary == {key: value for key, value in expected.items() if key not in hashes}, name
         for option, key in CONTENTS[kind].items():
             assert hashlib.sha256(run(kind, option, *files)).hexdigest() == expected[key], (name, key)
+
+
+@pytest.mark.parametrize("version", sorted(path.stem for path in (VECTORS / "models").glob("*.json")))
+def test_whole_models(run: Run, version: str) -> None:
+    """Frames found by safetensors, config.json and the sizes in their headers (spec 6), not by our reader."""
+    folder = VECTORS / "models" / version
+    expected = json.loads((VECTORS / "models" / f"{version}.json").read_text())["expect"]["experts"]
+    layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    tensors = {name: t for shard in folder.glob("*.safetensors") for name, t in load_file(shard).items()}
+    seen = 0
+    for prefix, layer in layers.items():
+        frames: list[bytes] = split(bytes(tensors[f"{prefix}.qmoe_dictionaries"].numpy()), 32, 20, "<I")
+        store = bytes(tensors[f"{prefix}.qmoe_store"].numpy())
+        for expert, (offset, size, _) in enumerate(tensors[f"{prefix}.qmoe_index"].tolist()):
+            records = split(store[offset : offset + size], 64, 32, "<Q")
+            for projection, frame in zip(layer["projections"], records, strict=True):
+                name = projection["tensor"].replace("{expert}", str(expert))
+                if name == projection["tensor"]:
+                    name += f"[{expert}]: {projection['name']}"
+                for option, key in CONTENTS["matrix"].items():
+                    found = run("matrix", option, frame, *frames)
+                    assert isinstance(found, bytes)
+                    assert hashlib.sha256(found).hexdigest() == expected[name][key], (name, key)
+                seen += 1
+    assert seen == len(expected)
+
+
+def split(data: bytes, header: int, place: int, kind: str) -> list[bytes]:
+    """Frames one after the other; `place` in each header is the size of what follows it."""
+    frames = []
+    while data:
+        size = header + struct.unpack_from(kind, data, place)[0]
+        frames.append(data[:size])
+        data = data[size:]
+    return frames
 
 
 @pytest.mark.parametrize("kind", CONTENTS)

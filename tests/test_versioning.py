@@ -18,15 +18,20 @@ import numpy as np
 import packed_models as models
 import pytest
 import qmoe_codec
+import torch
 from qmoe_codec import BACKENDS, Dictionary, FormatError, crc32c, decode
 from qmoe_codec.errors import VersionError
 from qmoe_codec.reference import read_dictionary
 from reference_program import ReferenceProgram
+from safetensors.torch import load_file
 from strategies import reseal
 
 import qmoe_format
 from qmoe_format.cli import main_verify
+from qmoe_format.container import VERSION, VERSION_OF_FEATURES, LayerSpec
 from qmoe_format.dense import decode_dense
+from qmoe_format.torch import QMoEExperts, bias_shapes
+from qmoe_format.unpack import unpack
 
 VECTORS = Path(__file__).parents[1] / "spec" / "vectors"
 RELEASED = sorted(path.stem for path in (VECTORS / "models").glob("*.json"))
@@ -38,7 +43,12 @@ SHARD = "model-00001-of-00003.safetensors"
 
 
 def test_this_version_has_a_model() -> None:
-    assert "1.0" in RELEASED
+    assert {VERSION, VERSION_OF_FEATURES} <= set(RELEASED)
+
+
+def expectations(version: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((VECTORS / "models" / f"{version}.json").read_text())["expect"]
+    return found
 
 
 @pytest.mark.parametrize("version", RELEASED)
@@ -55,7 +65,7 @@ def sha256(array: np.ndarray[Any, Any]) -> str:
 @pytest.mark.parametrize("version", RELEASED)
 def test_python_opens_every_released_version(version: str) -> None:
     path = VECTORS / "models" / version
-    expected = json.loads((VECTORS / "models" / f"{version}.json").read_text())["expect"]
+    expected = expectations(version)
     assert qmoe_format.verify(path).matrices == len(expected["experts"])
     experts, dense = {}, {}
     with qmoe_format.open(path) as model:
@@ -64,7 +74,7 @@ def test_python_opens_every_released_version(version: str) -> None:
             for expert in range(layer.experts):
                 for projection in layer.spec.projections:
                     matrix = layer.matrix(expert, projection.name)
-                    experts[projection.tensor_name(expert)] = {
+                    experts[projection.matrix_name(expert)] = {
                         "shape": [matrix.rows, matrix.columns],
                         "trits_sha256": sha256(matrix.decode()),
                         "levels_sha256": sha256(matrix.levels),
@@ -76,20 +86,116 @@ def test_python_opens_every_released_version(version: str) -> None:
                 "shape": list(shape),
                 "sha256": hashlib.sha256(data).hexdigest(),
             }
-    assert {"experts": experts, "dense": dense} == expected
+    assert (experts, dense) == (expected["experts"], expected["dense"])
+
+
+def golden_input(columns: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What `outputs` are the outputs to."""
+    return ((np.arange(columns) % 7 - 3) / 4).astype(np.float32)
+
+
+@pytest.mark.parametrize("version", [version for version in RELEASED if "outputs" in expectations(version)])
+def test_experts_of_every_released_version_compute_what_they_did(version: str) -> None:
+    """Biases, fused and apart, and a gating: in torch, by the Python reader and the C core."""
+    with qmoe_format.open(VECTORS / "models" / version) as model:
+        assert model.layers.keys() == expectations(version)["outputs"].keys()
+        for prefix, outputs in expectations(version)["outputs"].items():
+            layer = model.layer(prefix)
+            biases = {
+                name: torch.stack(
+                    [bias_of(model, name, layer.spec, expert) for expert in range(layer.experts)]
+                )
+                for name in bias_shapes(layer.spec)
+            }
+            activation = None if layer.spec.gating else torch.nn.SiLU()
+            module = QMoEExperts.from_packed(layer, activation, biases=biases)
+            x = torch.from_numpy(golden_input(module.hidden_dim)).repeat(layer.experts, 1)
+            index = torch.arange(layer.experts).reshape(-1, 1)
+            found = module(x, index, torch.ones(index.shape))
+            torch.testing.assert_close(found, torch.tensor(outputs), rtol=1e-5, atol=1e-5)
+
+
+def bias_of(model: qmoe_format.PackedModel, parameter: str, spec: LayerSpec, expert: int) -> torch.Tensor:
+    """One expert's part of a parameter of the torch module, found by its name in the model."""
+    apart = f"{spec.prefix}.{expert}.{parameter.removesuffix('_bias')}.bias"
+    name = apart if apart in model.dense_names() else f"{spec.prefix}.{parameter}"
+    dtype, shape, data = model.dense(name)
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+    tensor = torch.frombuffer(bytearray(data), dtype=dtypes[dtype]).reshape(shape).float()
+    return tensor if name == apart else tensor[expert]
+
+
+def test_a_fused_model_is_unpacked_as_it_was(tmp_path: Path) -> None:
+    """Spec 6.3 by hand: rows that take turns, transposed."""
+    unpack(VECTORS / "models" / "1.1", tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    fused, down = plain[f"{LAYER}.gate_up_proj"], plain[f"{LAYER}.down_proj"]
+    assert (fused.shape, down.shape) == ((3, 40, 18), (3, 9, 40))
+    with qmoe_format.open(VECTORS / "models" / "1.1") as model:
+        layer = model.layer(LAYER)
+        for expert in range(3):
+            parts = {
+                "gate_proj": fused[expert, :, 0::2],
+                "up_proj": fused[expert, :, 1::2],
+                "down_proj": down[expert],
+            }
+            for name, part in parts.items():
+                weights = torch.from_numpy(layer.matrix(expert, name).dequantize("float32"))
+                assert torch.equal(part.T, weights.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("version", RELEASED)
 def test_the_c_library_opens_every_released_version(version: str) -> None:
-    expected = json.loads((VECTORS / "models" / f"{version}.json").read_text())["expect"]["experts"]
+    """Every matrix; and, from what it says of biases and gatings, every output."""
+    expected = expectations(version)
+    seen = 0
     with c_library.Model(VECTORS / "models" / version) as model:
-        assert model.layer_count() == 1
-        for expert in range(model.layer(0).experts):
-            with c_library.Expert(model, 0, expert) as opened:
-                for role, matrix in zip(("gate", "up", "down"), opened.matrices, strict=True):
-                    entry = expected[f"{LAYER}.{expert}.{role}_proj.weight"]
-                    assert sha256(matrix.decode()) == entry["trits_sha256"]
-                    assert sha256(matrix.levels()) == entry["levels_sha256"]
+        for number in range(model.layer_count()):
+            prefix, entry = model.layer(number).prefix.decode(), json.loads(model.layer_json(number))
+            for expert in range(model.layer(number).experts):
+                with c_library.Expert(model, number, expert) as opened:
+                    for projection, matrix in zip(entry["projections"], opened.matrices, strict=True):
+                        tensor = projection["tensor"]
+                        name = tensor.replace("{expert}", str(expert))
+                        if name == tensor:
+                            name = f"{tensor}[{expert}]: {projection['name']}"
+                        assert sha256(matrix.decode()) == expected["experts"][name]["trits_sha256"]
+                        assert sha256(matrix.levels()) == expected["experts"][name]["levels_sha256"]
+                        seen += 1
+                    if "outputs" in expected:
+                        found = c_output(model, entry, opened, expert)
+                        np.testing.assert_allclose(
+                            found, expected["outputs"][prefix][expert], rtol=1e-5, atol=1e-5
+                        )
+    assert seen == len(expected["experts"])
+
+
+def c_output(
+    model: c_library.Model, entry: dict[str, Any], opened: c_library.Expert, expert: int
+) -> np.ndarray[Any, Any]:
+    """What an expert makes of the golden input, as somebody who links the C library would compute it."""
+    number = {projection["role"]: n for n, projection in enumerate(entry["projections"])}
+
+    def product(role: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        projection = entry["projections"][number[role]]
+        tensor = model.find_tensor(projection["bias"].replace("{expert}", str(expert)))
+        info = model.tensor(tensor)
+        data = model.read_tensor(tensor, 0, info.size)
+        bias = np.frombuffer(data, "<f4" if info.dtype == b"F32" else "<u2")
+        if info.dtype == b"BF16":
+            bias = (bias.astype("<u4") << 16).view("<f4")
+        if "{expert}" not in projection["tensor"]:
+            alike = [n for n, p in enumerate(entry["projections"]) if p["tensor"] == projection["tensor"]]
+            bias = bias.reshape(info.shape[0], info.shape[1])[expert, alike.index(number[role]) :: len(alike)]
+        return opened.matrices[number[role]].matmul(x[None])[0] + bias
+
+    up = product("up", golden_input(opened.matrices[number["up"]].columns))
+    if "gating" not in entry:
+        return product("down", up / (1 + np.exp(-up)))
+    alpha, limit = entry["gating"]["alpha"], entry["gating"]["limit"]
+    gate = np.minimum(product("gate", golden_input(opened.matrices[number["gate"]].columns)), limit)
+    inner = (np.clip(up, -limit, limit) + 1) * gate / (1 + np.exp(-alpha * gate))
+    return product("down", inner.astype(np.float32))
 
 
 # ---- frames ------------------------------------------------------------------------------------------------
