@@ -23,6 +23,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from qmoe_codec.layout import FRAME_HEADER
 from qmoe_gpu_decode.matrices import DESCRIPTOR
 from test_expert_cache import EXPERTS, LAYERS, PREFIXES, packed_family, path, text_of  # noqa: F401
 from test_gpu_host import HostDevice, device, pytestmark  # noqa: F401
@@ -152,7 +153,12 @@ class LateStreams:
 
 def read(descriptors: np.ndarray) -> list[bytes]:
     """The frames where the descriptors say that they are."""
-    return [ctypes.string_at(int(d["frame"]), int(d["frame_size"])) for d in descriptors.view(DESCRIPTOR)]
+    frames = []
+    for found in descriptors.view(DESCRIPTOR):
+        start = int(found["levels"]) - FRAME_HEADER.size
+        end = int(found["codewords"]) + 4 * int(found["codewords_words"])
+        frames.append(ctypes.string_at(start, end - start))
+    return frames
 
 
 def run_late(path: Path, requests: list[tuple[int, int, list[int], int]], **how: Any) -> list[bool]:  # noqa: F811

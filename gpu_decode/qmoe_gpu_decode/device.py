@@ -10,18 +10,19 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from qmoe_codec.errors import MissingPackageError
 
+from .overlapping import launch_overlapping
 from .sources import kernel_source
 
 INSTALL = "pip install cupy-cuda12x (or cupy-cuda13x, as the driver is)"
 
-Argument = np.uint32 | np.uint64 | np.float32
-"""A scalar, or the address of an array as uint64."""
+Argument = np.uint32 | np.uint64 | np.float32 | NDArray[np.void]
+"""A scalar, the address of an array as uint64, or a structure as an array without dimensions."""
 
 
 class Device(Protocol):
@@ -92,6 +93,12 @@ def cupy() -> ModuleType:
     return module
 
 
+class _Stream(NamedTuple):
+    """All that CuPy's launch wants of a stream; its own class for those of others is deprecated."""
+
+    ptr: int
+
+
 @dataclass(frozen=True)
 class CudaDevice:
     """A CUDA device. Get it with :func:`cuda_device`."""
@@ -114,11 +121,11 @@ class CudaDevice:
         """See :class:`Device`."""
         function = _function(self.number, file, tuple(sorted(definitions.items())), kernel, self.shared_limit)
         with cupy().cuda.Device(self.number):
-            if stream is None:
-                function(grid, (threads,), tuple(arguments), shared_mem=shared_bytes)
+            where = cupy().cuda.get_current_stream() if stream is None else _Stream(stream)
+            if definitions.get("OVERLAP"):
+                launch_overlapping(function.kernel.ptr, grid, threads, shared_bytes, arguments, where.ptr)
             else:
-                with cupy().cuda.ExternalStream(stream, self.number):
-                    function(grid, (threads,), tuple(arguments), shared_mem=shared_bytes)
+                function(grid, (threads,), tuple(arguments), shared_mem=shared_bytes, stream=where)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """See :class:`Device`."""

@@ -14,12 +14,13 @@ from qmoe_codec.layout import Buffer, as_bytes, check
 
 from .device import Argument, Device, address
 from .matrices import DESCRIPTOR, Needs, Tables, check_frame, describe
-from .products import KINDS, MOST_GRID, SIZES, Plan, make_plan
+from .products import KINDS, MOST_GRID, SIZES, Plan, Tuning, make_plan
 
 CLAMPED_SWIGLU = "clamped_swiglu"
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, CLAMPED_SWIGLU: 5}
 """The last one takes gate and up together (spec 6.3)."""
 MOST_TOKENS = 8  # of a tile
+TUNING = Tuning(resident=16)
 RECORD_ALIGNMENT = 16
 
 INDEX_SIZES = {"int32": 4, "int64": 8}
@@ -129,7 +130,7 @@ class DeviceExperts:
         return Needs.of(inner), Needs.of(headers[down::count])
 
     def plans(
-        self, pairs: int, tokens: int, activation: str, dtypes: tuple[str, str, str], warps: int
+        self, pairs: int, tokens: int, activation: str, dtypes: tuple[str, str, str], tuning: Tuning
     ) -> Plans:
         """The plans for a call of this kind; made once."""
         average = pairs / max(1, self.experts)
@@ -138,16 +139,16 @@ class DeviceExperts:
         )
         if activation == CLAMPED_SWIGLU and not self.gated:
             raise ArgumentError("needs a gate", field="activation", value=activation)
-        key = (self.needs_in, self.needs_out, tile, activation, dtypes, warps)
+        key = (self.needs_in, self.needs_out, tile, activation, dtypes, tuning)
         found = self._plans.get(key)
         if found is None:
             x_kind, limit = KINDS[dtypes[0]], self.device.shared_limit
             sets = 2 if self.gated else 1
-            enter = make_plan(self.needs_in, self.hidden, tile, x_kind, limit, warps=warps, sets=sets)
-            leave = make_plan(self.needs_out, self.intermediate, tile, KINDS["float32"], limit, warps=warps)
+            enter = make_plan(self.needs_in, self.hidden, tile, x_kind, limit, tuning=tuning, sets=sets)
+            leave = make_plan(self.needs_out, self.intermediate, tile, KINDS["float32"], limit, tuning=tuning)
             tile = min(enter.tokens, leave.tokens)  # both take the same tiles
-            enter = make_plan(self.needs_in, self.hidden, tile, x_kind, limit, warps=warps, sets=sets)
-            leave = make_plan(self.needs_out, self.intermediate, tile, KINDS["float32"], limit, warps=warps)
+            enter = make_plan(self.needs_in, self.hidden, tile, x_kind, limit, tuning=tuning, sets=sets)
+            leave = make_plan(self.needs_out, self.intermediate, tile, KINDS["float32"], limit, tuning=tuning)
             enter.definitions.update(ACTIVATION=ACTIVATIONS[activation], GATED=int(self.gated))
             route = {
                 "TOKENS": tile,
@@ -331,7 +332,7 @@ def launch_experts(
     allocate: Allocate,
     gating: Gating = NO_GATING,
     stream: int | None = None,
-    warps: int = 8,
+    tuning: Tuning = TUNING,
 ) -> None:
     """y [tokens, hidden] from x [tokens, hidden], index and weights [tokens, choices].
 
@@ -340,7 +341,7 @@ def launch_experts(
     """
     if not tokens or not experts.hidden:
         return
-    plans = experts.plans(tokens * choices, tokens, activation, dtypes, warps)
+    plans = experts.plans(tokens * choices, tokens, activation, dtypes, tuning)
     # So many tokens at once that neither a grid nor a number of 32 bits runs over.
     step = max(
         1,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from qmoe_codec import Dictionary, FrameHeader, Matrix, read_frame_header
 from qmoe_codec.errors import ArgumentError
-from qmoe_codec.layout import CODEC_RAW, Buffer, as_bytes
+from qmoe_codec.layout import CODEC_RAW, FRAME_HEADER, Buffer, as_bytes
 
 from .device import Device, address
 
@@ -20,12 +20,12 @@ CODEC_BITS = {0: 1, 8: 2, 10: 4, 12: 8, 16: 16}  # of -DCODECS, by width of a co
 # The struct Matrix of kernels/frame.cuh.
 DESCRIPTOR = np.dtype(
     [
-        ("frame", "<u8"),
-        ("row_index_start", "<u8"),
-        ("counts_start", "<u8"),
-        ("selectors_start", "<u8"),
-        ("codewords_start", "<u8"),
-        ("frame_size", "<u8"),
+        ("levels", "<u8"),
+        ("bases", "<u8"),
+        ("counts", "<u8"),
+        ("selectors", "<u8"),
+        ("codewords", "<u8"),
+        ("codewords_words", "<u4"),
         ("rows", "<u4"),
         ("columns", "<u4"),
         ("codec", "<u4"),
@@ -39,7 +39,7 @@ DESCRIPTOR = np.dtype(
         ("dictionary_count", "<u4"),
         ("thresholds", "<u4", 4),
         ("tables", "<u4", 4),
-        ("unused", "<u4"),
+        ("unused", "<u4", 2),
     ]
 )
 
@@ -81,11 +81,13 @@ def describe(header: FrameHeader, frame_address: int, tables: Tables) -> NDArray
         )
     bases, counts, _ = header.row_index_parts
     record = np.zeros((), DESCRIPTOR)
-    record["frame"] = frame_address
-    record["row_index_start"] = header.row_index_start
-    record["counts_start"] = header.row_index_start + bases
-    record["selectors_start"] = header.row_index_start + bases + counts
-    for name in ("codewords_start", "frame_size", "rows", "columns", "codec", "bits", "level_format"):
+    record["levels"] = frame_address + FRAME_HEADER.size
+    record["bases"] = index = frame_address + header.row_index_start
+    record["counts"] = index + bases
+    record["selectors"] = index + bases + counts
+    record["codewords"] = frame_address + header.codewords_start
+    record["codewords_words"] = (header.frame_size - header.codewords_start) // 4
+    for name in ("rows", "columns", "codec", "bits", "level_format"):
         record[name] = getattr(header, name)
     for name in ("level_exponent", "count_bits", "count_minimum", "codeword_count", "selector_bits"):
         record[name] = getattr(header, name)
@@ -179,4 +181,5 @@ class PackedMatrices:
         for header in self.headers:  # frame sizes are multiples of 16
             records.append(describe(header, base, tables))
             base += header.frame_size
-        self.descriptors = device.upload(np.stack(records).view(np.uint8))
+        self.records = np.stack(records)
+        self.descriptors = device.upload(self.records.view(np.uint8))

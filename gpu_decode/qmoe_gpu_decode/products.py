@@ -10,18 +10,59 @@ import numpy as np
 from qmoe_codec.errors import ArgumentError
 
 from .device import Device, address
-from .matrices import Needs, PackedMatrices
+from .matrices import CODEC_BITS, Needs, PackedMatrices
 
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 ARRAY_DTYPES = {"float32": "float32", "bfloat16": "uint16", "float16": "float16", "int8": "int8"}
 
 ROOM_COLUMNS = 128  # of zeros behind x in shared memory: multiply.cuh, X_ROOM
-LIST_BYTES = 4 * 32 * 8 * 3  # of a warp: walk.cuh, STEP_NONZEROS
 WINDOW_BYTES = 1024  # of a warp: decode.cu, WINDOW
 OWN_BYTES = 256  # at most, that a kernel declares itself
 TILES = (1, 2, 4, 8, 16, 32)
 MOST_GRID = 65535
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What changes the speed of a kernel and nothing else; benchmarks/gpu.py tries others."""
+
+    warps: int = 8
+    """Of a block."""
+    share: int = 8
+    """Codewords that a lane takes in a step, at most."""
+    together: int = 1
+    """How many of them pass between two looks whether there are more."""
+    resident: int = 24
+    """Warps that a multiprocessor shall hold at once, which decides how many registers a thread may have."""
+    prefetch: bool = True
+    """Have the L2 fetch a block's codewords while it is not known yet where exactly they are."""
+    overlap: bool = False
+    """Let a product begin while the launch before it ends (compute capability 9.0)."""
+
+    def definitions(self, codecs: int, tile: int) -> dict[str, int]:
+        """For kernels that have these codecs and so many tokens in a tile."""
+        return {
+            "WARPS": self.warps,
+            "SHARE": self.share,
+            "TOGETHER": self.together,
+            "RESIDENT": self.warps_at_once(codecs, tile),
+            "PREFETCH": int(self.prefetch),
+            "OVERLAP": int(self.overlap),
+        }
+
+    def warps_at_once(self, codecs: int, tile: int) -> int:
+        """Warps that a multiprocessor holds at once by registers, of which some kernels need more."""
+        return min(self.resident, 16) if tile > 1 and codecs & CODEC_BITS[16] else self.resident
+
+    @property
+    def list_bytes(self) -> int:
+        """Of a warp's lists of non-zeros: walk.cuh, STEP_NONZEROS."""
+        return 4 * 32 * 3 * self.share
+
+
+TUNING = Tuning()
+ONE_TOKEN = Tuning(resident=32)
 
 
 @dataclass(frozen=True)
@@ -34,7 +75,7 @@ class Plan:
     table_bytes: int
     x_bytes: int
     shared_bytes: int
-    blocks: int  # that a multiprocessor holds at once, by shared memory and threads
+    blocks: int  # that a multiprocessor holds at once, by shared memory and registers
 
     def grid_rows(self, rows: int, multiprocessors: int) -> int:
         """Blocks for the rows: as many as run at once, with equal work each."""
@@ -44,7 +85,14 @@ class Plan:
 
 
 def make_plan(
-    needs: Needs, columns: int, tokens: int, x_kind: int, limit: int, *, warps: int = 8, sets: int = 1
+    needs: Needs,
+    columns: int,
+    tokens: int,
+    x_kind: int,
+    limit: int,
+    *,
+    tuning: Tuning = TUNING,
+    sets: int = 1,
 ) -> Plan:
     """How to multiply with `tokens` tokens at once.
 
@@ -57,7 +105,7 @@ def make_plan(
     fitting = []
     for tile in (t for t in reversed(TILES) if t <= wanted):
         x_bytes = -(-(columns + ROOM_COLUMNS) * tile * x_size // 16) * 16
-        lists = warps * LIST_BYTES if tile > 1 else 0
+        lists = tuning.warps * tuning.list_bytes if tile > 1 else 0
         for table_bytes in (needs.table_bytes, 0):
             for staged in (x_bytes, 0):
                 shared = sets * table_bytes + staged + lists
@@ -72,17 +120,18 @@ def make_plan(
         "X_SHARED": int(x_bytes > 0),
         "X_KIND": x_kind,
         "TOKENS": tile,
-        "WARPS": warps,
+        **tuning.definitions(needs.codecs, tile),
     }
-    blocks = max(1, min(limit // max(shared, 1), 2048 // (32 * warps)))
-    return Plan(definitions, warps, tile, table_bytes, x_bytes, shared, blocks)
+    resident = tuning.warps_at_once(needs.codecs, tile)
+    blocks = max(1, min(limit // max(shared, 1), resident // tuning.warps))
+    return Plan(definitions, tuning.warps, tile, table_bytes, x_bytes, shared, blocks)
 
 
 @functools.lru_cache(maxsize=256)
 def _matmul_plan(
-    needs: Needs, columns: int, tokens: int, kinds: tuple[int, int], limit: int, warps: int
+    needs: Needs, columns: int, tokens: int, kinds: tuple[int, int], limit: int, tuning: Tuning
 ) -> Plan:
-    plan = make_plan(needs, columns, tokens, kinds[0], limit, warps=warps)
+    plan = make_plan(needs, columns, tokens, kinds[0], limit, tuning=tuning)
     plan.definitions["OUT_KIND"] = kinds[1]
     return plan
 
@@ -96,15 +145,16 @@ def launch_matmul(
     *,
     number: int = 0,
     stream: int | None = None,
-    warps: int = 8,
+    tuning: Tuning | None = None,
 ) -> None:
     """y [tokens, rows] = x [tokens, columns] times matrix `number`, transposed; `dtypes` of x and y."""
     if not tokens or not matrices.rows:
         return
     device = matrices.device
     kinds = (KINDS[dtypes[0]], KINDS[dtypes[1]])
-    plan = _matmul_plan(matrices.needs, matrices.columns, tokens, kinds, device.shared_limit, warps)
-    size, where_x, where_y = 128 * number, address(x), address(y)
+    tuning = tuning or (ONE_TOKEN if tokens == 1 else TUNING)
+    plan = _matmul_plan(matrices.needs, matrices.columns, tokens, kinds, device.shared_limit, tuning)
+    where_x, where_y = address(x), address(y)
     for first in range(0, tokens, MOST_GRID * plan.tokens):  # one round but for millions of tokens
         some = min(tokens - first, MOST_GRID * plan.tokens)
         device.launch(
@@ -115,7 +165,7 @@ def launch_matmul(
             32 * plan.warps,
             plan.shared_bytes,
             (
-                np.uint64(int(address(matrices.descriptors)) + size),
+                matrices.records[number : number + 1].reshape(()),
                 address(matrices.tables),
                 np.uint64(int(where_x) + first * matrices.columns * SIZES[dtypes[0]]),
                 np.uint64(int(where_y) + first * matrices.rows * SIZES[dtypes[1]]),
@@ -135,19 +185,20 @@ def launch_decode(
     first: int = 0,
     count: int | None = None,
     stream: int | None = None,
-    warps: int = 8,
+    tuning: Tuning = TUNING,
 ) -> None:
     """out [count, rows, columns] = matrices first … first + count - 1, as trits (int8) or weights."""
     count = matrices.count - first if count is None else count
     if not count or not matrices.rows or not matrices.columns:
         return
     device: Device = matrices.device
+    warps = tuning.warps
     windows = warps * WINDOW_BYTES
     table_bytes = matrices.needs.table_bytes
     if windows + table_bytes > device.shared_limit - OWN_BYTES:
         table_bytes = 0
     shared = table_bytes + windows
-    blocks = max(1, min((device.shared_limit - OWN_BYTES) // shared, 2048 // (32 * warps)))
+    blocks = max(1, min((device.shared_limit - OWN_BYTES) // shared, tuning.resident // warps))
     units = -(-matrices.rows // warps)
     rounds = max(1, units * count // (blocks * device.multiprocessors))
     matrix_size = matrices.rows * matrices.columns * SIZES[dtype]
@@ -155,7 +206,7 @@ def launch_decode(
         "CODECS": matrices.needs.codecs,
         "TABLES_SHARED": int(table_bytes == matrices.needs.table_bytes),
         "OUT_KIND": KINDS[dtype],
-        "WARPS": warps,
+        **tuning.definitions(matrices.needs.codecs, 1),
     }
     for start in range(0, count, MOST_GRID):
         device.launch(

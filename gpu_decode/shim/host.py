@@ -91,7 +91,7 @@ class HostDevice:
         key: Key = (file, tuple(sorted(definitions.items())))
         if key not in self.loaded:
             self.loaded[key] = ctypes.CDLL(str(self.compile(file, definitions)))
-        boxes = [np.array(argument) for argument in arguments]
+        boxes = [self.upload(np.asarray(argument)) for argument in arguments]  # aligned
         pointers = (ctypes.c_void_p * len(boxes))(*[box.ctypes.data for box in boxes])
         sizes = (ctypes.c_uint32 * len(boxes))(*[box.itemsize for box in boxes])
         shape = (ctypes.c_uint32 * 3)(*grid, threads)
@@ -101,7 +101,7 @@ class HostDevice:
         assert status == 0, (kernel, "wrong number of arguments, size of one, or name", status)
         self.launches.append(kernel)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """An array full of a pattern that no kernel means; it is aligned like an allocation on a GPU."""
         wanted = np.dtype(dtype)
         if self.sanitize:  # a buffer of exactly this size, which the sanitizer guards
@@ -117,7 +117,7 @@ class HostDevice:
 
     def upload(self, array: NDArray[Any]) -> Any:
         """A copy."""
-        copy = self.empty(array.shape, array.dtype.str)
+        copy = self.empty(array.shape, array.dtype)
         copy[...] = array
         return copy
 

@@ -23,6 +23,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 #define DYNAMIC_SHARED(name) u8 *name = shim::shared_memory
 

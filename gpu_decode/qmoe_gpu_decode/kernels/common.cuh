@@ -34,12 +34,130 @@ template <class T> __device__ inline T load(const void *address) {
     return *static_cast<const T *>(address);
 }
 
+// From global memory that nothing writes while the kernel runs.
+template <class T> __device__ inline T load_global(const void *address) {
+#ifdef QMOE_HOST
+    return load<T>(address);
+#else
+    return __ldg(static_cast<const T *>(address));
+#endif
+}
+
+// Have the L2 fetch the 128 bytes around an address of global memory.
+__device__ inline void prefetch(const void *address) {
+#ifndef QMOE_HOST
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
+#endif
+    (void)address;
+}
+
+// An address that the compiler does not take apart again.
+__device__ inline const u8 *opaque(const u8 *address) {
+#ifndef QMOE_HOST
+    asm("" : "+l"(address));
+#endif
+    return address;
+}
+
 template <class T> __device__ inline void store(void *address, T value) {
 #ifdef QMOE_HOST
     shim_check_aligned(address, sizeof(T));
 #endif
     *static_cast<T *>(address) = value;
 }
+
+// ---- launches that overlap ----
+//
+// -DOVERLAP=1: a kernel may begin before the launch in front of it in the stream has ended, if it was launched so. Until
+// it has waited, it must not touch what others write, nor write itself.
+
+#if defined(OVERLAP) && OVERLAP && !defined(QMOE_HOST) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline void let_the_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void wait_for_the_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ inline void let_the_next_begin() {}
+__device__ inline void wait_for_the_last() {}
+#endif
+
+// ---- shared memory by address ----
+//
+// An array in shared memory that is only read from here on, as where it begins, in a register. By a pointer, sm_90 looks
+// up the window of shared memory at every access, and a load under a condition becomes a branch.
+
+#ifdef QMOE_HOST
+typedef const u8 *SharedAt;
+
+// Take it after the barrier that follows the writes.
+inline SharedAt shared_at(const void *array) { return static_cast<SharedAt>(array); }
+
+template <class T> inline T shared_load(SharedAt at) { return load<T>(at); }
+
+// What lies there if a < b, else 0.
+template <class T> inline u32 shared_load_if(SharedAt at, u32 a, u32 b) { return a < b ? load<T>(at) : 0; }
+
+// Where what lies there changes: these stay in their order.
+inline void shared_store_if(SharedAt at, u32 a, u32 b, u32 value) {
+    if (a < b) {
+        store<u32>(const_cast<u8 *>(at), value);
+    }
+}
+inline u32 shared_load_now(SharedAt at) { return load<u32>(at); }
+#else
+typedef u32 SharedAt;
+
+__device__ inline SharedAt shared_at(const void *array) {
+    // By way of a lane, so that it cannot be computed anew for each use, nor before the barrier.
+    return __shfl_sync(ALL_LANES, (u32)__cvta_generic_to_shared(array), 0);
+}
+
+template <class T> __device__ inline T shared_load(SharedAt at);
+template <> __device__ inline u16 shared_load<u16>(SharedAt at) {
+    u16 value;
+    asm("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at));
+    return value;
+}
+template <> __device__ inline u32 shared_load<u32>(SharedAt at) {
+    u32 value;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at));
+    return value;
+}
+template <> __device__ inline uint2 shared_load<uint2>(SharedAt at) {
+    uint2 value;
+    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(at));
+    return value;
+}
+template <> __device__ inline uint4 shared_load<uint4>(SharedAt at) {
+    uint4 value;
+    asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "r"(at));
+    return value;
+}
+
+template <class T> __device__ inline u32 shared_load_if(SharedAt at, u32 a, u32 b);
+template <> __device__ inline u32 shared_load_if<u16>(SharedAt at, u32 a, u32 b) {
+    u32 value = 0;
+    asm("{ .reg .pred p; setp.lt.u32 p, %2, %3; @p ld.shared.u16 %0, [%1]; }" : "+r"(value) : "r"(at), "r"(a), "r"(b));
+    return value;
+}
+template <> __device__ inline u32 shared_load_if<u32>(SharedAt at, u32 a, u32 b) {
+    u32 value = 0;
+    asm("{ .reg .pred p; setp.lt.u32 p, %2, %3; @p ld.shared.u32 %0, [%1]; }" : "+r"(value) : "r"(at), "r"(a), "r"(b));
+    return value;
+}
+
+__device__ inline void shared_store_if(SharedAt at, u32 a, u32 b, u32 value) {
+    asm volatile("{ .reg .pred p; setp.lt.u32 p, %2, %3; @p st.shared.u32 [%0], %1; }"
+                 :
+                 : "r"(at), "r"(value), "r"(a), "r"(b)
+                 : "memory");
+}
+__device__ inline u32 shared_load_now(SharedAt at) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+    return value;
+}
+#endif
 
 // ---- warps ----
 
@@ -64,6 +182,19 @@ __device__ inline u32 warp_scan(u32 value, u32 lane) {
         value += lane >= distance ? other : 0;
     }
     return value;
+}
+
+// ---- sums of two signs ----
+
+// Add to `low` if word has the bit, else to `high`.
+__device__ inline void add_by_bit(float &low, float &high, float value, u32 word, u32 bit) {
+#ifdef QMOE_HOST
+    (word >> bit & 1 ? low : high) += value;
+#else // two additions under a predicate; the compiler makes two selections more of it
+    asm("{ .reg .pred p; .reg .u32 t; and.b32 t, %3, %4; setp.ne.u32 p, t, 0; @p add.f32 %0, %0, %2; @!p add.f32 %1, %1, %2; }"
+        : "+f"(low), "+f"(high)
+        : "f"(value), "r"(word), "r"(1u << bit));
+#endif
 }
 
 // ---- 16-bit floats ----

@@ -1,6 +1,6 @@
 // hidden[pair] = act(gate(x)) * up(x): the experts' first half; experts.cuh says what for.
 //
-// -DTOKENS, -DWARPS, -DX_KIND; -DGATED: whether there is a gate
+// -DTOKENS, -DWARPS, -DRESIDENT, -DX_KIND; -DGATED: whether there is a gate
 // -DACTIVATION: 0 none, 1 SiLU, 2 GELU, 3 GELU by tanh, 4 ReLU, 5 the clamped SwiGLU, of gate and up together
 #include "experts.cuh"
 
@@ -37,24 +37,45 @@ __device__ inline float gated(float gate, float up, const Inner &inner) {
 
 // grid: x rows, y tiles. matrices [experts][projections]: number `up` and, with a gate, number `gate`.
 template <u32 COUNT>
-__device__ inline void enter_tile(const Matrix &matrix, const Matrix &gates, const u32 *all_tables, const Tile &tile,
+__device__ inline void enter_tile(const Matrix &matrix, const Matrix &gates, const u32 *all_tables, Tile tile,
                                   const RoutedTile &routed, const Inner &inner, float *hidden, u8 *shared,
-                                  u32 table_bytes, u8 *staged, u32 *list) {
+                                  u32 table_bytes, u8 *staged, u32 x_bytes) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const u32 *tables = load_tables(matrix, all_tables, shared);
+    const u32 step = gridDim.x * WARPS;
+    u32 row = blockIdx.x * WARPS + warp;
+    Asked next = ask_row(matrix, row, lane);
+    if (warp == 0) {
+        prefetch_rows(matrix, row, lane);
+    }
 #if GATED
-    const u32 *gate_tables = load_tables(gates, all_tables, shared + table_bytes);
-#else
-    (void)gates;
-    (void)table_bytes;
+    Asked next_gate = ask_row(gates, row, lane);
+    if (warp == 1 % WARPS) {
+        prefetch_rows(gates, row - warp, lane);
+    }
 #endif
+    load_tables(matrix, all_tables, shared);
+    if (GATED) {
+        load_tables(gates, all_tables, shared + table_bytes);
+    }
     stage_tile<COUNT>(tile, staged);
     __syncthreads();
-    for (u64 row = (u64)blockIdx.x * WARPS + warp; row < matrix.rows; row += (u64)gridDim.x * WARPS) {
-        Product product = Multiplication<COUNT>::row(matrix, (u32)row, tables, tile, list, lane);
+    const Tables tables = open_tables(all_tables, shared);
+#if GATED
+    const Tables gate_tables = open_tables(all_tables, shared + table_bytes);
+#endif
+    tile.staged = shared_at(staged);
+    const SharedAt list = tile.staged + x_bytes + (TOKENS > 1 ? warp * LIST_BYTES : 0);
+    for (; row < matrix.rows; row += step) {
+        const Asked asked = next;
+        next = ask_row(matrix, row + step, lane);
+#if GATED
+        const Asked asked_gate = next_gate;
+        next_gate = ask_row(gates, row + step, lane);
+#endif
+        const Product product = Multiplication<COUNT>::row(matrix, row, asked, tables, tile, list, lane);
         float value = product.value + bias_of(inner.up_biases, routed.expert, matrix.rows, row);
 #if GATED
-        const float gate = Multiplication<COUNT>::row(gates, (u32)row, gate_tables, tile, list, lane).value;
+        const float gate = Multiplication<COUNT>::row(gates, row, asked_gate, gate_tables, tile, list, lane).value;
         value = gated(gate + bias_of(inner.gate_biases, routed.expert, matrix.rows, row), value, inner);
 #else
         value = activation(value);
@@ -65,7 +86,7 @@ __device__ inline void enter_tile(const Matrix &matrix, const Matrix &gates, con
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS)
     enter(const Matrix *matrices, u32 projections, u32 gate, u32 up, const u32 *all_tables, const u8 *x,
           const u32 *order, u32 choices, const RoutedTile *tiles, const float *up_biases, const float *gate_biases,
           float alpha, float limit, float *hidden, u32 table_bytes, u32 x_bytes) {
@@ -83,16 +104,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
     }
     fill_numbers(routed, order, choices, false, numbers);
     u8 *staged = shared + (GATED ? 2 : 1) * table_bytes;
-    u32 *list = (u32 *)(void *)(staged + x_bytes) + (TOKENS > 1 ? threadIdx.x / WARP * STEP_NONZEROS : 0);
-    const Tile tile = {x, staged, numbers, matrix.columns};
+    const Tile tile = {x, 0, numbers, matrix.columns};
     const Inner inner = {up_biases, gate_biases, alpha, limit};
 #if TOKENS > 1
     if (routed.count > 1) {
         enter_tile<TOKENS>(matrix, GATED ? gates : matrix, all_tables, tile, routed, inner, hidden, shared, table_bytes,
-                           staged, list);
+                           staged, x_bytes);
         return;
     }
 #endif
     enter_tile<1>(matrix, GATED ? gates : matrix, all_tables, tile, routed, inner, hidden, shared, table_bytes, staged,
-                  list);
+                  x_bytes);
 }

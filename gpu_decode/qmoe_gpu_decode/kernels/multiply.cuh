@@ -16,12 +16,14 @@
 constexpr u32 X_SIZE = kind_size(X_KIND);
 constexpr u32 X_ROOM = NO_POSITION + 1; // columns of zeros behind the last
 
+constexpr u32 LIST_BYTES = 4 * STEP_NONZEROS; // of a warp, for more than one token
+
 // The tokens of a tile: number `t` is row tokens[t] of x [..., columns]; those not there have number NO_TOKEN.
 constexpr u32 NO_TOKEN = 0xffffffffu;
 
 struct Tile {
-    const u8 *x;      // in global memory
-    const u8 *staged; // in shared memory
+    const u8 *x;     // in global memory
+    SharedAt staged; // in shared memory, once it is there
     const u32 *tokens;
     u32 columns;
 };
@@ -44,15 +46,8 @@ template <u32 TILE> struct Shape {
 };
 
 // One vector of a staged column: 4, 8 or 16 bytes.
-template <u32 TILE> __device__ inline void stage_vector(const Tile &tile, u32 column, u32 first, u8 *to) {
+template <u32 TILE> __device__ inline void store_vector(u8 *to, const u32 (&words)[Shape<TILE>::WORDS]) {
     using S = Shape<TILE>;
-    u32 words[S::WORDS];
-#pragma unroll
-    for (u32 w = 0; w < S::WORDS; w++) {
-        words[w] = X_SIZE == 4 ? token_bits(tile, first + w, column)
-                               : token_bits(tile, first + 2 * w, column) |
-                                     token_bits(tile, first + 2 * w + 1, column) << 16;
-    }
     if (S::WORDS == 4) {
         store<uint4>(to, make_uint4(words[0], words[1 % S::WORDS], words[2 % S::WORDS], words[3 % S::WORDS]));
     } else if (S::WORDS == 2) {
@@ -62,10 +57,57 @@ template <u32 TILE> __device__ inline void stage_vector(const Tile &tile, u32 co
     }
 }
 
+// One token as it is, 16 bytes at once.
+__device__ inline void stage_token(const Tile &tile, u8 *staged) {
+    const u32 size = tile.columns * X_SIZE;
+    const u8 *from = tile.x + (u64)tile.tokens[0] * size;
+    for (u32 i = threadIdx.x * 16; i < size + X_ROOM * X_SIZE; i += blockDim.x * 16) {
+        store<uint4>(staged + i, i < size ? load<uint4>(from + i) : make_uint4(0, 0, 0, 0));
+    }
+}
+
+// Two columns at once, of 16-bit numbers.
+template <u32 TILE> __device__ inline void stage_pairs(const Tile &tile, u8 *staged) {
+    using S = Shape<TILE>;
+    const u32 vectors = (tile.columns + X_ROOM) / 2 * S::PARTS;
+    for (u32 i = threadIdx.x; i < vectors; i += blockDim.x) {
+        const u32 column = i / S::PARTS * 2, part = i % S::PARTS;
+        u32 left[S::WORDS], right[S::WORDS];
+#pragma unroll
+        for (u32 w = 0; w < S::WORDS; w++) {
+            u32 pairs[2];
+#pragma unroll
+            for (u32 k = 0; k < 2; k++) {
+                const u32 number = tile.tokens[part * S::EACH + 2 * w + k];
+                pairs[k] = number == NO_TOKEN || column >= tile.columns
+                               ? 0
+                               : load<u32>(tile.x + 2 * ((u64)number * tile.columns + column));
+            }
+            left[w] = (pairs[0] & 0xffff) | pairs[1] << 16;
+            right[w] = pairs[0] >> 16 | (pairs[1] & 0xffff0000);
+        }
+        u8 *to = staged + ((u64)column * S::PARTS + part) * S::VECTOR;
+        store_vector<TILE>(to, left);
+        store_vector<TILE>(to + S::BYTES, right);
+    }
+}
+
 // Bring a tile's x to shared memory, by the whole block; __syncthreads() has to follow.
 template <u32 TILE> __device__ inline void stage_tile(const Tile &tile, u8 *staged) {
 #if X_SHARED
     using S = Shape<TILE>;
+    const u64 at = (u64)(size_t)tile.x;
+    if constexpr (TILE == 1) {
+        if (at % 16 == 0 && tile.columns * X_SIZE % 16 == 0 && tile.tokens[0] != NO_TOKEN) {
+            stage_token(tile, staged);
+            return;
+        }
+    } else if constexpr (X_SIZE == 2) {
+        if (at % 4 == 0 && tile.columns % 2 == 0) {
+            stage_pairs<TILE>(tile, staged);
+            return;
+        }
+    }
     const u32 vectors = (tile.columns + X_ROOM) * S::PARTS;
     for (u32 i = threadIdx.x; i < vectors; i += blockDim.x) {
         const u32 column = i / S::PARTS, first = i % S::PARTS * S::EACH;
@@ -73,7 +115,14 @@ template <u32 TILE> __device__ inline void stage_tile(const Tile &tile, u8 *stag
         if constexpr (S::VECTOR == 2) {
             store<u16>(to, (u16)token_bits(tile, 0, column));
         } else {
-            stage_vector<TILE>(tile, column, first, to);
+            u32 words[S::WORDS];
+#pragma unroll
+            for (u32 w = 0; w < S::WORDS; w++) {
+                words[w] = X_SIZE == 4 ? token_bits(tile, first + w, column)
+                                       : token_bits(tile, first + 2 * w, column) |
+                                             token_bits(tile, first + 2 * w + 1, column) << 16;
+            }
+            store_vector<TILE>(to, words);
         }
     }
 #else
@@ -82,22 +131,35 @@ template <u32 TILE> __device__ inline void stage_tile(const Tile &tile, u8 *stag
 #endif
 }
 
+// The only token's x where a phrase that starts at column `start` has its non-zero `n`, or zero if it has none.
+__device__ inline float load_token(const Tile &tile, u32 start, u32 word, u32 n) {
+#if X_SHARED
+    // The position as bytes, by one shift.
+    constexpr u32 SHIFT = X_SIZE == 4 ? 2 : 1;
+    const u32 offset = word >> (7 + 7 * n - SHIFT) & (NO_POSITION << SHIFT);
+    const SharedAt from = tile.staged + start * X_SIZE + offset;
+    return to_float<X_KIND>(X_SIZE == 4 ? shared_load_if<u32>(from, offset, NO_POSITION << SHIFT)
+                                        : shared_load_if<u16>(from, offset, NO_POSITION << SHIFT));
+#else
+    const u32 position = word_position(word, n);
+    return to_float<X_KIND>(position == NO_POSITION ? 0 : token_bits(tile, 0, start + position));
+#endif
+}
+
 // Tokens part * EACH … of a column, as floats.
 template <u32 TILE> __device__ inline void load_tokens(const Tile &tile, u32 column, u32 part, float *values) {
     using S = Shape<TILE>;
 #if X_SHARED
-    const u8 *from = tile.staged + ((u64)column * S::PARTS + part) * S::VECTOR;
+    const SharedAt from = tile.staged + (column * S::PARTS + part) * S::VECTOR;
     u32 words[4];
-    if (S::VECTOR == 2) {
-        words[0] = load<u16>(from);
-    } else if (S::WORDS == 4) {
-        uint4 all = load<uint4>(from);
+    if (S::WORDS == 4) {
+        uint4 all = shared_load<uint4>(from);
         words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
     } else if (S::WORDS == 2) {
-        uint2 all = load<uint2>(from);
+        uint2 all = shared_load<uint2>(from);
         words[0] = all.x, words[1] = all.y;
     } else {
-        words[0] = load<u32>(from);
+        words[0] = shared_load<u32>(from);
     }
 #pragma unroll
     for (u32 t = 0; t < S::EACH; t++) {
@@ -149,33 +211,25 @@ template <u32 TILE> struct Multiplication;
 // ---- one token ----
 
 template <> struct Multiplication<1> {
-    static __device__ inline Product row(const Matrix &matrix, u32 row, const u32 *tables, const Tile &tile, u32 *list,
-                                         u32 lane) {
+    static __device__ inline Product row(const Matrix &matrix, u32 row, const Asked &asked, Tables tables,
+                                         const Tile &tile, SharedAt list, u32 lane) {
         (void)list;
         float low = 0.0f, high = 0.0f;
         auto gather = [&](const u32(&words)[SHARE], u32 share, u32 column) {
 #pragma unroll
             for (u32 k = 0; k < SHARE; k++) {
-                if (k < share) {
-                    u32 start = smaller(column, tile.columns); // then start + position lies in x and the zeros behind
-#pragma unroll
-                    for (u32 n = 0; n < NONZEROS; n++) {
-                        u32 position = word_position(words[k], n);
-                        if (position != NO_POSITION) {
-                            float value;
-                            load_tokens<1>(tile, start + position, 0, &value);
-                            if (word_negative(words[k], n)) {
-                                low += value;
-                            } else {
-                                high += value;
-                            }
-                        }
-                    }
-                    column += word_length(words[k]);
+                if (NO_MORE(k)) {
+                    return;
                 }
+                const u32 start = smaller(column, tile.columns); // then start + position lies in x and the zeros behind
+#pragma unroll
+                for (u32 n = 0; n < NONZEROS; n++) {
+                    add_by_bit(low, high, load_token(tile, start, words[k], n), words[k], SIGNS + n);
+                }
+                column += word_length(words[k]);
             }
         };
-        walk_row(matrix, row, tables, lane, gather);
+        walk_row(matrix, row, asked, tables, lane, gather);
         Levels levels = row_levels(matrix, row);
         return {warp_sum(levels.high * high + levels.low * low), 0, lane == 0};
     }
@@ -184,8 +238,8 @@ template <> struct Multiplication<1> {
 // ---- more tokens ----
 
 template <u32 TILE> struct Multiplication {
-    static __device__ inline Product row(const Matrix &matrix, u32 row, const u32 *tables, const Tile &tile, u32 *list,
-                                         u32 lane) {
+    static __device__ inline Product row(const Matrix &matrix, u32 row, const Asked &asked, Tables tables,
+                                         const Tile &tile, SharedAt list, u32 lane) {
         using S = Shape<TILE>;
         const u32 part = lane % S::PARTS, group = lane / S::PARTS;
         float low[S::EACH], high[S::EACH];
@@ -197,38 +251,40 @@ template <u32 TILE> struct Multiplication {
             u32 counts = 0; // of +1, and of -1 times 2^16
 #pragma unroll
             for (u32 k = 0; k < SHARE; k++) {
-                if (k < share) {
-#pragma unroll
-                    for (u32 n = 0; n < NONZEROS; n++) {
-                        counts += word_position(words[k], n) == NO_POSITION ? 0 : word_negative(words[k], n) ? 1u << 16 : 1u;
-                    }
+                if (NO_MORE(k)) {
+                    break;
                 }
+#pragma unroll
+                for (u32 n = 0; n < NONZEROS; n++) {
+                    counts += word_position(words[k], n) != NO_POSITION ? 1 : 0;
+                }
+                counts += (u32)__popc(words[k] >> SIGNS) * 0xffff;
             }
             u32 ends = warp_scan(counts, lane), starts = ends - counts;
             u32 totals = __shfl_sync(ALL_LANES, ends, WARP - 1);
-            u32 next_high = starts & 0xffff, next_low = STEP_NONZEROS - 1 - (starts >> 16);
+            // As bytes of the list.
+            u32 next_high = 4 * (starts & 0xffff), next_low = 4 * (STEP_NONZEROS - 1 - (starts >> 16));
 #pragma unroll
             for (u32 k = 0; k < SHARE; k++) {
-                if (k < share) {
-                    u32 start = smaller(column, tile.columns);
-#pragma unroll
-                    for (u32 n = 0; n < NONZEROS; n++) {
-                        u32 position = word_position(words[k], n);
-                        if (position != NO_POSITION) {
-                            bool negative = word_negative(words[k], n);
-                            list[negative ? next_low : next_high] = start + position;
-                            next_low -= negative ? 1 : 0;
-                            next_high += negative ? 0 : 1;
-                        }
-                    }
-                    column += word_length(words[k]);
+                if (NO_MORE(k)) {
+                    break;
                 }
+                const u32 start = smaller(column, tile.columns);
+#pragma unroll
+                for (u32 n = 0; n < NONZEROS; n++) {
+                    const u32 position = word_position(words[k], n), up = position != NO_POSITION ? 4 : 0;
+                    const bool negative = word_negative(words[k], n); // then it is present
+                    shared_store_if(list + (negative ? next_low : next_high), position, NO_POSITION, start + position);
+                    next_low -= negative ? 4 : 0;
+                    next_high += negative ? 0 : up;
+                }
+                column += word_length(words[k]);
             }
             __syncwarp();
             const u32 highs = totals & 0xffff, lows = totals >> 16;
             for (u32 i = group; i < highs; i += S::GROUPS) {
                 float values[S::EACH];
-                load_tokens<TILE>(tile, list[i], part, values);
+                load_tokens<TILE>(tile, shared_load_now(list + 4 * i), part, values);
 #pragma unroll
                 for (u32 t = 0; t < S::EACH; t++) {
                     high[t] += values[t];
@@ -236,7 +292,7 @@ template <u32 TILE> struct Multiplication {
             }
             for (u32 i = group; i < lows; i += S::GROUPS) {
                 float values[S::EACH];
-                load_tokens<TILE>(tile, list[STEP_NONZEROS - 1 - i], part, values);
+                load_tokens<TILE>(tile, shared_load_now(list + 4 * (STEP_NONZEROS - 1 - i)), part, values);
 #pragma unroll
                 for (u32 t = 0; t < S::EACH; t++) {
                     low[t] += values[t];
@@ -244,7 +300,7 @@ template <u32 TILE> struct Multiplication {
             }
             __syncwarp();
         };
-        walk_row(matrix, row, tables, lane, add_lists);
+        walk_row(matrix, row, asked, tables, lane, add_lists);
         Levels levels = row_levels(matrix, row);
 #pragma unroll
         for (u32 t = 0; t < S::EACH; t++) {

@@ -4,79 +4,105 @@
 // the phrases' lengths gives each lane the column where its first phrase starts. What to do with the phrases is the
 // kernel's: it is called once a step, by all lanes, as
 //
-//     use(words, share, column)    words[k]: the phrase in the form of spec 3.3, for k < share (the same in all lanes)
+//     use(words, share, column)    words[k]: the phrase in the form of spec 3.3, until NO_MORE(k) (the same in all lanes)
 //                                  column: of words[0]; each next one starts where the one before ends
 //
 // A phrase that is not there has length 0 and no non-zeros. Columns may lie behind the row's end, never before it;
 // `use` has to cut them.
 //
+// -DSHARE: codewords that a lane takes in a step at most
+// -DTOGETHER: how many of them pass between two looks whether there are more: fewer looks, or less done in vain
 // -DCODECS: which codecs occur, as a set of bits: 1 raw, 2, 4, 8, 16 dictionaries of 8, 10, 12, 16 bits.
 #pragma once
 #include "frame.cuh"
 
-constexpr u32 SHARE = 8;
-constexpr u32 NONZEROS = 3, NO_POSITION = 127;
+#ifndef SHARE
+#define SHARE 8
+#endif
+#ifndef TOGETHER
+#define TOGETHER 1
+#endif
+static_assert(SHARE % 2 == 0 && SHARE % TOGETHER == 0, "whole pairs and groups");
+
+// Whether a loop over a lane's codewords can end before number k. Those of a group whose number is not below `share` are
+// empty phrases.
+#define NO_MORE(k) ((k) % TOGETHER == 0 && (k) >= share)
+constexpr u32 NONZEROS = 3, NO_POSITION = 127, SIGNS = 28;
 constexpr u32 STEP_NONZEROS = WARP * SHARE * NONZEROS;
 constexpr u32 EMPTY_WORD = NO_POSITION << 7 | NO_POSITION << 14 | NO_POSITION << 21;
 
 __device__ inline u32 word_length(u32 word) { return word & 127; }
 __device__ inline u32 word_position(u32 word, u32 k) { return word >> (7 + 7 * k) & 127; }
-__device__ inline bool word_negative(u32 word, u32 k) { return word >> (28 + k) & 1; }
+__device__ inline bool word_negative(u32 word, u32 k) { return word >> (SIGNS + k) & 1; }
 
-// How many codewords (or bytes) each lane takes a step, so that all steps of a row are equally full.
-__device__ inline u32 even_share(u32 count, u32 most) {
-    u32 steps = (count + WARP * most - 1) / (WARP * most);
-    return steps ? (count + WARP * steps - 1) / (WARP * steps) : 1;
-}
+// How many codewords (or bytes) each lane takes in the next step, of so many that are left.
+__device__ inline u32 next_share(u32 left, u32 most) { return smaller((left + WARP - 1) / WARP, most); }
+
+// The dictionaries of a matrix. -DTABLES_SHARED=0 where they do not fit into shared memory: then they are read where
+// they lie, through the caches.
+#if TABLES_SHARED
+typedef SharedAt Tables;
+
+__device__ inline u32 look_up(Tables table, u32 codeword) { return shared_load<u32>(table + 4 * codeword); }
+__device__ inline Tables later(Tables table, u32 words) { return table + 4 * words; }
+#else
+typedef const u32 *Tables;
+
+__device__ inline u32 look_up(Tables table, u32 codeword) { return load_global<u32>(table + codeword); }
+__device__ inline Tables later(Tables table, u32 words) { return table + words; }
+#endif
 
 template <int BITS, class Use>
-__device__ inline void walk_codewords(const Matrix &matrix, const Row &row, const u32 *table, u32 lane, Use &use) {
-    // Words of 32 bits that SHARE codewords can touch, from any bit on.
-    constexpr u32 READ = (SHARE * BITS + 31) / 32 + (SHARE * BITS % 32 == 1 ? 0 : 1);
+__device__ inline void walk_codewords(const Matrix &matrix, const Row &row, Tables table, u32 lane, Use &use) {
+    // A lane reads the codeword before its first one too, whose value says which table the first is looked up in; before
+    // a frame's first codeword there are other bytes of the frame. READ words hold SHARE + 1 codewords, from any bit
+    // where one can start on.
+    constexpr u32 STARTS = BITS % 16 == 0 ? 16 : BITS % 8 == 0 ? 8 : BITS % 4 == 0 ? 4 : 2;
+    constexpr u32 READ = ((SHARE + 1) * BITS + 32 - STARTS + 31) / 32;
     const u32 threshold = matrix.thresholds[row.dictionary];
-    const u32 *array = (const u32 *)(const void *)(matrix.frame + matrix.codewords_start);
-    const u64 last = (matrix.frame_size - matrix.codewords_start) / 4 - 1;
-    const u32 share = even_share(row.count, SHARE);
-    u32 column = 0, carry = 0; // a row starts in T0, as after a codeword of 0
-    for (u32 done = 0; done < row.count; done += WARP * share) {
-        u32 begin = done + lane * share;
-        u32 mine = begin < row.count ? smaller(share, row.count - begin) : 0;
-        u64 bit = (row.first + smaller(begin, row.count)) * BITS;
-        u32 raw[READ], words[SHARE], codewords[SHARE];
+    const Tables table_1 = BITS == 16 ? table : later(table, 1u << BITS); // those of 16 bits have T0 alone
+    const u64 first_bit = (u64)row.first * BITS + 32 - BITS;               // in the words from the one before the codewords on
+    const u32 first_word = (u32)(first_bit >> 5), row_bit = (u32)first_bit & 31;
+    const u32 last = matrix.codewords_words - first_word; // of the frame
+    const u8 *array = opaque(matrix.codewords - 4 + (u64)first_word * 4);
+    u32 column = 0;
+    for (u32 done = 0, share; done < row.count; done += WARP * share) {
+        share = next_share(row.count - done, SHARE);
+        const u32 begin = done + lane * share, bit = row_bit + begin * BITS;
+        const u32 mine = begin < row.count ? smaller(share, row.count - begin) : 0;
+        u32 raw[READ], length = 0;
+#ifdef QMOE_HOST
+        u32 words[SHARE] = {};
+#else
+        u32 words[SHARE]; // not written from NO_MORE on
+#endif
 #pragma unroll
         for (u32 i = 0; i < READ; i++) {
-            u64 word = (bit >> 5) + i;
-            raw[i] = load<u32>(array + (word < last ? word : last));
+            raw[i] = load_global<u32>(array + (u64)smaller((bit >> 5) + i, last) * 4);
         }
-        u32 shift = (u32)bit & 31, latest = 0;
 #pragma unroll
         for (u32 i = 0; i + 1 < READ; i++) {
-            raw[i] = __funnelshift_r(raw[i], raw[i + 1], shift);
+            raw[i] = __funnelshift_r(raw[i], raw[i + 1], bit & 31);
         }
-        raw[READ - 1] >>= shift;
-#pragma unroll
-        for (u32 k = 0; k < SHARE; k++) {
+        raw[READ - 1] >>= bit & 31;
+        auto codeword = [&](u32 k) { // number k of the lane's, from the one before on
             const u32 at = k * BITS / 32, from = k * BITS % 32;
-            u32 next = at + 1 < READ ? raw[at + 1 < READ ? at + 1 : at] : 0;
-            u32 value = from + BITS <= 32 ? raw[at] >> from : __funnelshift_r(raw[at], next, from);
-            codewords[k] = value & ((1u << BITS) - 1);
-            latest = k < share ? codewords[k] : latest;
-        }
-        // The table of a lane's first codeword depends on the last one of the lane before.
-        u32 before = __shfl_up_sync(ALL_LANES, latest, 1);
-        before = lane ? before : carry;
-        carry = __shfl_sync(ALL_LANES, latest, WARP - 1);
-        u32 length = 0;
+            const u32 next = at + 1 < READ ? raw[at + 1 < READ ? at + 1 : at] : 0;
+            const u32 value = from + BITS <= 32 ? raw[at] >> from : __funnelshift_r(raw[at], next, from);
+            return value & ((1u << BITS) - 1);
+        };
+        u32 before = begin ? codeword(0) : 0; // a row starts in T0, as after a codeword of 0
 #pragma unroll
         for (u32 k = 0; k < SHARE; k++) {
-            words[k] = EMPTY_WORD;
-            if (k < mine) {
-                words[k] = table[(before >= threshold ? 1u << BITS : 0u) + codewords[k]];
-                before = codewords[k];
+            if (NO_MORE(k)) {
+                break;
             }
+            const u32 value = codeword(k + 1), word = look_up(before >= threshold ? table_1 : table, value);
+            words[k] = k < mine ? word : EMPTY_WORD;
+            before = value;
             length += word_length(words[k]);
         }
-        u32 end = column + warp_scan(length, lane);
+        const u32 end = column + warp_scan(length, lane);
         use(words, share, end - length);
         column = __shfl_sync(ALL_LANES, end, WARP - 1);
     }
@@ -103,8 +129,8 @@ template <class Use> __device__ inline void walk_raw(const Matrix &matrix, u32 r
     const u64 first = (u64)row * matrix.columns, end = first + matrix.columns;
     const u64 first_byte = first / 5;
     const u32 count = matrix.columns ? (u32)((end + 4) / 5 - first_byte) : 0;
-    const u32 share = even_share(count, SHARE / 2);
-    for (u32 done = 0; done < count; done += WARP * share) {
+    for (u32 done = 0, share; done < count; done += WARP * share) {
+        share = next_share(count - done, SHARE / 2);
         u32 begin = done + lane * share;
         u32 words[SHARE];
         u64 trit = (first_byte + begin) * 5;
@@ -113,7 +139,7 @@ template <class Use> __device__ inline void walk_raw(const Matrix &matrix, u32 r
         for (u32 k = 0; k < SHARE / 2; k++) {
             words[2 * k] = words[2 * k + 1] = EMPTY_WORD;
             if (k < share && begin + k < count) {
-                u32 byte = load<u8>(matrix.frame + matrix.codewords_start + first_byte + begin + k);
+                u32 byte = load_global<u8>(matrix.codewords + first_byte + begin + k);
                 byte = byte < 243 ? byte : 121; // five zeros
                 u32 length = 5;
                 for (u64 before = trit + 5 * k; before < first; before++) {
@@ -128,9 +154,9 @@ template <class Use> __device__ inline void walk_raw(const Matrix &matrix, u32 r
     }
 }
 
-// A row by whatever codec the matrix has. `tables`: those of the matrix, as load_tables() left them.
+// A row by whatever codec the matrix has. `asked`: of this row; `tables`: those of the matrix, by open_tables().
 template <class Use>
-__device__ inline void walk_row(const Matrix &matrix, u32 row, const u32 *tables, u32 lane, Use &use) {
+__device__ inline void walk_row(const Matrix &matrix, u32 row, const Asked &asked, Tables tables, u32 lane, Use &use) {
 #if CODECS & 1
     if (matrix.codec == CODEC_RAW) {
         walk_raw(matrix, row, lane, use);
@@ -138,12 +164,13 @@ __device__ inline void walk_row(const Matrix &matrix, u32 row, const u32 *tables
     }
 #endif
     (void)tables;
+    (void)asked;
 #if CODECS & 30
-    Row found = locate_row(matrix, row, lane);
+    const Row found = locate_row(matrix, asked, row, lane);
 #if TABLES_SHARED
-    const u32 *table = tables + found.dictionary * table_words(matrix.bits);
+    const Tables table = later(tables, found.dictionary * table_words(matrix.bits));
 #else
-    const u32 *table = tables + matrix.tables[found.dictionary];
+    const Tables table = later(tables, matrix.tables[found.dictionary]);
 #endif
     switch (matrix.bits) {
 #if CODECS & 2
@@ -162,21 +189,47 @@ __device__ inline void walk_row(const Matrix &matrix, u32 row, const u32 *tables
 #endif
 }
 
+// Ask for the bytes where rows from `row` on probably are, while the row index that says so is on its way. By one warp.
+// -DPREFETCH=0: do not.
+__device__ inline void prefetch_rows(const Matrix &matrix, u32 row, u32 lane) {
+#if PREFETCH
+    constexpr float BEFORE = 1024; // rows differ
+    const float size = 4.0f * (float)matrix.codewords_words, guess = size * ((float)row / (float)matrix.rows) - BEFORE;
+    const float at = (guess > 0 ? guess : 0) + 128.0f * (float)lane;
+    if (row < matrix.rows && at < size) {
+        prefetch(matrix.codewords + (u64)at);
+    }
+#else
+    (void)matrix;
+    (void)row;
+    (void)lane;
+#endif
+}
+
 // Copy a matrix's dictionaries to shared memory, by the whole block; __syncthreads() has to follow.
-// -DTABLES_SHARED=0 where they do not fit: then they are read where they lie, through the caches.
-__device__ inline const u32 *load_tables(const Matrix &matrix, const u32 *all_tables, u8 *shared) {
+__device__ inline void load_tables(const Matrix &matrix, const u32 *all_tables, u8 *shared) {
 #if TABLES_SHARED
     u32 words = matrix.dictionary_count ? table_words(matrix.bits) : 0;
     for (u32 d = 0; d < matrix.dictionary_count; d++) {
         const u32 *from = all_tables + matrix.tables[d];
         u8 *to = shared + (u64)d * words * 4;
         for (u32 i = threadIdx.x * 4; i < words; i += blockDim.x * 4) {
-            store<uint4>(to + i * 4, load<uint4>(from + i));
+            store<uint4>(to + i * 4, load_global<uint4>(from + i));
         }
     }
-    return (const u32 *)(const void *)shared;
 #else
     (void)matrix;
+    (void)all_tables;
+    (void)shared;
+#endif
+}
+
+// After load_tables() and the barrier.
+__device__ inline Tables open_tables(const u32 *all_tables, const u8 *shared) {
+#if TABLES_SHARED
+    (void)all_tables;
+    return shared_at(shared);
+#else
     (void)shared;
     return all_tables;
 #endif
