@@ -1,14 +1,17 @@
-"""Packing with several ranks on one machine: bytes, time, peak memory; and ranks that are killed.
+"""Packing with several ranks on one machine, as measured and as predicted; and ranks that are killed.
 
-    python benchmarks/ranks.py [--ranks 1 2 4]        packs a made-up OLMoE with rd, one thread a rank
-    python benchmarks/ranks.py --kills 10             kills a rank at random moments and goes on
+    python benchmarks/ranks.py [--runs 1:16 1:8 2:16 4:16]     ranks : experts in memory on all of them
+    python benchmarks/ranks.py --kills 10                      kills a rank at random moments and goes on
 
-Ranks are started by torchrun, and talk over TCP. Results are added to those that are there.
+The first packs a made-up OLMoE with ``rd`` to a wanted rate, one thread a rank, and holds ``--dry-run``
+against time, peak memory, what ranks send each other and what lies on the disk. Ranks are started by
+torchrun, and talk over TCP. Results are added to those that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -20,15 +23,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qmoe_format.safetensors_io import SafetensorsWriter
 
 RESULTS = Path(__file__).parent / "results/ranks.json"
-LARGE = {"hidden_size": 768, "intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 2}
+LARGE = {"hidden_size": 768, "intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 3}
+RATE, WINDOWS = 0.8, 32
+CASES = [(1, 16), (1, 8), (2, 16), (4, 16)]
 SMALL = {"hidden_size": 128, "intermediate_size": 96, "num_experts": 8, "num_hidden_layers": 4}
 
 
@@ -81,13 +88,36 @@ def make_source(directory: Path, sizes: dict[str, int]) -> None:
 
 
 def worker(folder: Path, arguments: list[str]) -> int:
-    """What torchrun starts: the command, with its process noted before and its peak memory after."""
+    """What torchrun starts: the command, with its process noted before, and what it took after."""
+    from qmoe_quantize import ranks
+
     from qmoe_format.cli import main as command
 
+    sent = 0
+    exchange, gather = ranks._DistributedRanks.exchange, ranks._DistributedRanks.gather
+
+    def counted_exchange(self: Any, parts: Any, rows: Any) -> Any:
+        nonlocal sent
+        sent += sum(part.nbytes for rank, part in enumerate(parts) if rank != self.rank)
+        return exchange(self, parts, rows)
+
+    def counted_gather(self: Any, value: Any) -> Any:
+        nonlocal sent
+        sent += len(json.dumps(value)) * (self.size - 1)
+        return gather(self, value)
+
+    ranks._DistributedRanks.exchange = counted_exchange  # type: ignore[method-assign]
+    ranks._DistributedRanks.gather = counted_gather  # type: ignore[method-assign]
     rank = os.environ["RANK"]
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     code = command(arguments)
-    (folder / f"rss-{rank}").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    note = {
+        "peak_rss_bytes": used.ru_maxrss * 1024,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "sent_bytes": sent,
+    }
+    (folder / f"note-{rank}").write_text(json.dumps(note))
     return code
 
 
@@ -109,53 +139,99 @@ def digests(directory: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(directory.iterdir())}
 
 
-def pack_arguments(source: Path, out: Path, text: Path, windows: int) -> list[str]:
-    arguments = ["pack", str(source), str(out), "--calib", str(text), "--lam", "1e-4", "--json", "--quiet"]
-    return [*arguments, "--nsamples", str(windows), "--seqlen", "256", "--batch-size", "4"]
+def pack_arguments(source: Path, out: Path, text: Path, windows: int, *more: str) -> list[str]:
+    arguments = ["pack", str(source), str(out), "--calib", str(text), "--json", "--quiet"]
+    return [*arguments, "--nsamples", str(windows), "--seqlen", "256", "--batch-size", "4", *more]
 
 
-def measure(counts: list[int], work: Path, text: Path) -> list[dict[str, object]]:
+def lying(folder: Path, notes: Path) -> int:
+    """Bytes on the disk below a folder, files without a name that the ranks have open there included."""
+    found = 0
+    for file in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            found += 512 * file.stat().st_blocks
+    for note in notes.glob("pid-*"):
+        for descriptor in Path(f"/proc/{note.read_text()}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                place = os.readlink(descriptor)
+                if place.startswith(str(folder)) and place.endswith("(deleted)"):
+                    found += 512 * descriptor.stat().st_blocks
+    return found
+
+
+def predicted(arguments: list[str], ranks: int) -> dict[str, float]:
+    """What the dry run says, with one thread."""
+    command = [sys.executable, "-m", "qmoe_format.cli", *arguments, "--dry-run", "--gpus", str(ranks)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True
+    )
+    many = json.loads(done.stdout)["many"]
+    return {name: many[name] for name in ("seconds", "peak_memory_bytes", "sent_bytes", "disk_bytes")}
+
+
+def _line(row: dict[str, Any]) -> str:
+    said, busy = row["predicted"], row["cpu_seconds"]
+    return (
+        f"{row['ranks']} ranks, {row['experts_at_once']} experts at once: {row['seconds']:.1f} s, processors "
+        f"busy {min(busy):.1f} to {max(busy):.1f} s ({said['seconds']:.1f} s predicted); peak "
+        f"{max(row['peak_rss_bytes']) / 1e6:.0f} MB a rank ({said['peak_memory_bytes'] / 1e6:.0f}); sent "
+        f"{row['sent_bytes'] / 1e6:.1f} MB ({said['sent_bytes'] / 1e6:.1f}); on the disk "
+        f"{row['disk_bytes'] / 1e6:.1f} MB ({said['disk_bytes'] / 1e6:.1f}); files {row['sha256'][:12]}"
+    )
+
+
+def measure(cases: list[tuple[int, int]], work: Path, text: Path) -> list[dict[str, Any]]:
     make_source(work / "source", LARGE)
-    rows: list[dict[str, object]] = []
-    for ranks in counts:
-        out, notes = work / f"out{ranks}", work / "notes"
-        began = time.monotonic()
-        process = start(ranks, notes, pack_arguments(work / "source", out, text, 32))
-        stdout, stderr = process.communicate()
+    rows: list[dict[str, Any]] = []
+    for ranks, experts in cases:
+        out, notes = work / "out", work / "notes"
+        more = ["--target-bpw", str(RATE), "--experts-per-batch", str(experts)]
+        arguments = pack_arguments(work / "source", out, text, WINDOWS, *more)
+        prediction = predicted(arguments, ranks)
+        began, disk = time.monotonic(), 0
+        process = start(ranks, notes, arguments)
+        with ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(process.communicate)
+            while not ended.done():
+                disk = max(disk, lying(out.with_name("out.partial"), notes))
+                time.sleep(0.1)
+            stdout, stderr = ended.result()
+        whole = time.monotonic() - began
         if process.returncode:
             raise SystemExit(stderr)
         summary = json.loads(stdout)
-        rss = [int((notes / f"rss-{rank}").read_text()) for rank in range(ranks)]
+        found = [json.loads((notes / f"note-{rank}").read_text()) for rank in range(ranks)]
         row = {
             "ranks": ranks,
-            "seconds": summary["seconds"],
-            "seconds_with_start": time.monotonic() - began,
-            "peak_rss_bytes": rss,
-            "weights": summary["weights"],
+            "experts_at_once": experts,
+            "seconds": whole,
+            "seconds_of_packing": summary["seconds"],
+            "cpu_seconds": [note["cpu_seconds"] for note in found],
+            "peak_rss_bytes": [note["peak_rss_bytes"] for note in found],
+            "sent_bytes": sum(note["sent_bytes"] for note in found),
+            "disk_bytes": disk,
+            "bits_per_weight": summary["bits_per_weight"],
             "sha256": hashlib.sha256(json.dumps(digests(out)).encode()).hexdigest(),
+            "predicted": prediction,
         }
         rows.append(row)
-        print(
-            f"{ranks} ranks: {summary['seconds']:.1f} s, {row['seconds_with_start']:.1f} s with starting, "
-            f"peak {max(rss) / 1e6:.0f} MB a rank, files {str(row['sha256'])[:12]}",
-            flush=True,
-        )
+        print(_line(row), flush=True)
         shutil.rmtree(out)
     return rows
 
 
-def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, object]]:
+def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, Any]]:
     make_source(work / "small", SMALL)
     draw = random.Random(seed)
     out, notes = work / "out", work / "notes"
-    arguments = pack_arguments(work / "small", out, text, 64)
+    arguments = pack_arguments(work / "small", out, text, 64, "--lam", "1e-4")
     began = time.monotonic()
     process = start(2, notes, arguments)
     _, stderr = process.communicate()
     if process.returncode:
         raise SystemExit(stderr)
     whole, expected = time.monotonic() - began, digests(out)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     while len(rows) < count:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name("out.partial"), ignore_errors=True)
@@ -192,13 +268,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--runs", type=case, nargs="+", default=CASES)
     parser.add_argument("--kills", type=int, default=0, help="instead: so many ranks are killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     from qmoe_quantize.sweep import environment
 
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         text = work / "text.txt"
@@ -206,30 +283,31 @@ def main() -> None:
             b"".join(file.read_bytes() for file in sorted(Path(os.__file__).parent.glob("*.py")))
         )
         if options.kills:
-            found = {"kills": kill_some(options.kills, options.seed, work, text), "seed": options.seed}
+            result |= {"kills": kill_some(options.kills, options.seed, work, text), "seed": options.seed}
         else:
-            rows = measure(options.ranks, work, text)
-            if len({row["sha256"] for row in rows}) != 1:
-                raise SystemExit("the bytes differ")
-            found = {"model": LARGE, "runs": rows}
-    result = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if "runs" in found and "runs" in result:
-        kept = [row for row in result["runs"] if row["ranks"] not in options.ranks]
-        found["runs"] = sorted([*kept, *found["runs"]], key=lambda row: row["ranks"])
-        if len({row["sha256"] for row in found["runs"]}) != 1:
-            raise SystemExit("the bytes differ from those of earlier runs")
-    result |= {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        **environment(),
-        "threads_per_rank": 1,
-        **found,
+            rows = measure(options.runs, work, text)
+            kept = [row for row in result.get("runs", []) if which(row) not in options.runs]
+            result |= {"model": LARGE, "runs": sorted([*kept, *rows], key=which)}
+    if len({row["sha256"] for row in result.get("runs", [])}) > 1:
+        raise SystemExit("the bytes differ")
+    result |= {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **environment(), "threads_per_rank": 1}
+    seconds = {which(row): row["seconds"] for row in result.get("runs", [])}
+    result["speed_up"] = {
+        f"{ranks} ranks, {experts} experts at once, over one rank with {alone}": seconds[1, alone] / taken
+        for (ranks, experts), taken in seconds.items()
+        for alone in (experts, experts // ranks)
+        if ranks > 1 and (1, alone) in seconds
     }
-    if "runs" in result:
-        seconds = {row["ranks"]: row["seconds"] for row in result["runs"]}
-        result["speed_up"] = {
-            str(ranks): seconds[1] / time for ranks, time in seconds.items() if 1 in seconds
-        }
     options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def which(row: dict[str, Any]) -> tuple[int, int]:
+    return row["ranks"], row["experts_at_once"]
+
+
+def case(text: str) -> tuple[int, int]:
+    ranks, _, experts = text.partition(":")
+    return int(ranks), int(experts)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,21 @@ from qmoe_format.container import LayerSpec
 
 from .checkpoint import SourceCheckpoint, has_weights, locate
 from .config import ModelConfig
+from .cost import SECOND_LOOKS, START_SECONDS
+from .dispatch import EXCHANGE_BYTES
 from .families import TensorTable
 from .pipeline import PackOptions, expert_layers
 from .plan import Plan, predict
 from .shapes import tensors_of
+from .target import FIRST_SHARE
 from .text import window_length
 
 ROUTING_BYTES = 8
 """An expert's number and weight."""
+LAUNCH_SECONDS = 3.5
+"""torchrun imports torch before it starts the ranks."""
+COPIES = 4
+"""Of what a rank sends at once: in parts and in one piece, and the same of what it gets."""
 HIDDEN_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -55,9 +62,9 @@ class SpreadPlan:
     ranks, nodes : int
     seconds : float
         In all.
-    compute_seconds, search_seconds, network_seconds : float
-        Of that: what is divided; what one rank does alone; what travels between nodes, as if nothing else
-        went on meanwhile.
+    start_seconds, compute_seconds, search_seconds, network_seconds : float
+        Of that: before there is anything to divide; packing, and finding lambda, by the rank that has most to
+        do; what travels between nodes, as if nothing else went on meanwhile.
     peak_memory_bytes : int
         Of each rank.
     sent_bytes : int
@@ -69,6 +76,7 @@ class SpreadPlan:
     ranks: int
     nodes: int
     seconds: float
+    start_seconds: float
     compute_seconds: float
     search_seconds: float
     network_seconds: float
@@ -81,17 +89,23 @@ class SpreadPlan:
         return asdict(self)
 
 
-def layer_bytes(layer: LayerSpec, tokens: int, choices: int, ranks: int, itemsize: int = 4) -> float:
-    """Bytes that ranks send each other for a layer of experts: inputs, outputs, routing.
+def layer_bytes(
+    layer: LayerSpec, tokens: int, choices: int, ranks: int, itemsize: int = 4, *, outputs: bool = True
+) -> float:
+    """Bytes that ranks send each other for a layer of experts: inputs, routing, and outputs if needed.
 
     Each token's experts are taken to lie on any rank alike.
     """
     width = next(p.columns for p in layer.projections if p.role == "up")
     elsewhere = (ranks - 1) / ranks
-    hit = ranks * (1 - (1 - 1 / ranks) ** choices)  # ranks that a token goes to
-    inputs = tokens * width * itemsize * hit * elsewhere
-    outputs = tokens * width * 4 * choices * elsewhere
-    return inputs + outputs + tokens * choices * ROUTING_BYTES * (ranks - 1)
+    inputs = tokens * width * itemsize * ranks_of(choices, ranks) * elsewhere
+    returned = tokens * width * 4 * choices * elsewhere if outputs else 0.0
+    return inputs + returned + tokens * choices * ROUTING_BYTES * (ranks - 1)
+
+
+def ranks_of(choices: int, ranks: int) -> float:
+    """How many ranks a token goes to, its experts lying on any rank alike."""
+    return ranks * (1 - (1 - 1 / ranks) ** choices)
 
 
 def imbalance(layers: Sequence[LayerSpec], ranks: int) -> float:
@@ -154,24 +168,36 @@ def predict_spread(
         tokens //= 2
     choices = config.number("num_experts_per_tok", 1)
     itemsize = HIDDEN_BYTES[calibration.stream.dtype]
-    sent = sum(layer_bytes(layer, tokens, choices, ranks, itemsize) for layer in layers)
+    # Nothing comes behind the last layer of experts that would read what they give
+    sent = sum(
+        layer_bytes(layer, tokens, choices, ranks, itemsize, outputs=layer is not layers[-1])
+        for layer in layers
+    )
+    if options.target_bits is not None:
+        sent *= 1 + 1 / FIRST_SHARE + SECOND_LOOKS
     sent += plan.expert_packed_bytes * (ranks - 1) / ranks
     # Of what a rank sends, this share leaves its node
     leaves = (ranks - machines.ranks_per_node) / (ranks - 1) if ranks > 1 else 0.0
     network = sent * leaves / machines.nodes / machines.link
-    compute = (plan.seconds - plan.search_seconds) / ranks * imbalance(layers, ranks)
+    divided = imbalance(layers, ranks) / ranks
+    compute = (plan.seconds - plan.search_seconds - START_SECONDS) * divided
+    search = plan.search_seconds * divided
+    begin = START_SECONDS + LAUNCH_SECONDS
     width = max(p.columns for layer in layers for p in layer.projections if p.role == "up")
-    # Hidden states before and after a layer, inputs of its experts where they are, and what they give
-    activations = tokens * width * (2 * itemsize + itemsize * min(ranks, choices) + 4 * choices)
+    # What a layer reads, what its experts read, where they are, and the sum of what they give; then the next
+    # layer's, or before that, among others, what each expert gives; and what they read before it was sent.
+    rows = itemsize * (1 + ranks_of(choices, ranks)) + 4
+    rows += max(itemsize, 4 * choices) + itemsize if ranks > 1 else itemsize
     spread = SpreadPlan(
         ranks=ranks,
         nodes=machines.nodes,
-        seconds=compute + plan.search_seconds + network,
+        seconds=begin + compute + search + network,
+        start_seconds=begin,
         compute_seconds=compute,
-        search_seconds=plan.search_seconds,
+        search_seconds=search,
         network_seconds=network,
-        peak_memory_bytes=plan.peak_memory_bytes,
+        peak_memory_bytes=plan.peak_memory_bytes + (COPIES * EXCHANGE_BYTES if ranks > 1 else 0),
         sent_bytes=round(sent),
-        disk_bytes=plan.packed_bytes + activations,
+        disk_bytes=plan.packed_bytes + round(tokens * width * rows),
     )
     return plan, spread
