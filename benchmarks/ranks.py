@@ -19,6 +19,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -224,7 +225,7 @@ def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, A
     make_source(work / "small", SMALL)
     draw = random.Random(seed)
     out, notes = work / "out", work / "notes"
-    arguments = pack_arguments(work / "small", out, text, 64, "--lam", "1e-4")
+    arguments = pack_arguments(work / "small", out, text, 16, "--lam", "1e-4")
     began = time.monotonic()
     process = start(2, notes, arguments)
     _, stderr = process.communicate()
@@ -235,7 +236,8 @@ def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, A
     while len(rows) < count:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name("out.partial"), ignore_errors=True)
-        ranks, after, rank = draw.choice((2, 3)), draw.choice((1, 2, 3)), draw.choice((0, 1))
+        ranks = draw.choice((2, 3))
+        after, rank = draw.choice([count for count in (1, 2, 3) if count != ranks]), draw.randrange(ranks)
         moment = draw.uniform(0.1, 1.0) * whole * ranks / 2
         began = time.monotonic()
         process = start(ranks, notes, arguments)
@@ -254,8 +256,16 @@ def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, A
         _, stderr = resumed.communicate()
         if resumed.returncode or digests(out) != expected:
             raise SystemExit(f"resumed with {after} ranks: {stderr}")
+        about = said[0].removeprefix("qmoe pack: error: ").replace(socket.gethostname(), "HOST")
         rows.append(
-            {"ranks": ranks, "killed": rank, "seconds": moment, "layers_kept": layers, "resumed_with": after}
+            {
+                "ranks": ranks,
+                "killed": rank,
+                "seconds": moment,
+                "layers_kept": layers,
+                "resumed_with": after,
+                "said": about,
+            }
         )
         print(f"{len(rows)}: rank {rank} of {ranks} killed after {moment:.1f} s, {layers} layers kept; "
               f"resumed with {after}: identical. {said[0]}", flush=True)  # fmt: skip

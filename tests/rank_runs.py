@@ -169,12 +169,18 @@ def serve(request: Request) -> list[dict[str, object]]:
 def main() -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     import h5py  # noqa: F401
+    import numpy as np
     import transformers.models.olmoe.modeling_olmoe
     import transformers.models.switch_transformers.modeling_switch_transformers  # noqa: F401
+    from qmoe_codec.selection import DENSEST, NONZERO_SHARES, predict_bits
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: F401
 
     import qmoe_format.cli  # noqa: F401
 
+    for bits, densest in DENSEST.items():  # else each process would build them anew
+        for share in NONZERO_SHARES:
+            if share <= densest:
+                predict_bits(share, bits, np.zeros(1, np.int64), 1)
     for line in sys.stdin:
         values = json.loads(line)
         for name in ("own_arguments", "code"):

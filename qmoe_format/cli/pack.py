@@ -150,9 +150,10 @@ def _refuse_ranks(options: argparse.Namespace) -> None:
     """What one process does by itself is not done by several."""
     from qmoe_quantize.published import is_published
 
+    require(options.out is not None or options.dry_run, "missing", field="OUT", expected="a directory")
     alone = options.dry_run or is_published(options.source) or str(options.source).endswith((".h5", ".hdf5"))
     require(
-        not alone and options.out is not None and not str(options.out).endswith((".h5", ".hdf5")),
+        not alone and not str(options.out).endswith((".h5", ".hdf5")),
         "done by one process",
         field="WORLD_SIZE",
         expected="a checkpoint to be packed into a directory",

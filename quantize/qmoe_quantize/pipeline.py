@@ -391,11 +391,12 @@ def _check_alike(
         )
     if ranks.size > 1:
         tensors = repr([(name, t.dtype, t.shape) for name, t in sorted(checkpoint.tensors.items())])
+        names = ("method", "levels", "level_format", "dense")
         ranks.check_alike(
             {
                 **versions(calibrated=options.calibration is not None),
                 "source": hashlib.sha256(tensors.encode()).hexdigest(),
-                "settings": repr(replace(options, threads=None)),
+                "settings": {name: getattr(options, name) for name in names},
                 **head,
             }
         )

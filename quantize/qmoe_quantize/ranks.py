@@ -112,7 +112,7 @@ class Ranks:
             On all ranks alike: the first rank that differs from rank 0, and what differs.
         """
         own = json.loads(json.dumps(dict(values), default=str))
-        first, *others = self.gather(own)
+        first, *others = map(_flat, self.gather(own))
         for rank, other in enumerate(others, 1):
             for name in sorted(first.keys() | other.keys()):
                 if first.get(name) != other.get(name):
@@ -452,6 +452,17 @@ def _number(name: str, default: int) -> int:
     if not text.isascii() or not text.isdigit():
         raise ArgumentError("illegal", field=name, value=text, expected="a number, as torchrun sets it")
     return int(text)
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, object]:
+    """Values within values under names of their own."""
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{name}: {inner}": one for inner, one in _flat(value).items()}
+        else:
+            found[name] = value
+    return found
 
 
 def _short(value: object) -> str:
