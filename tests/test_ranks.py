@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ pytest.importorskip("transformers")
 from hypothesis import given
 from hypothesis import strategies as st
 from qmoe_quantize.ranks import Ranks
-from rank_runs import KILLED_AT_COLLECTIVE, KILLED_AT_FLUSH, Outcome, RankRunner
+from rank_runs import KILLED_AT_COLLECTIVE, KILLED_AT_FLUSH, Outcome, RankRunner, free_port
 from test_calibration import lively_model, make_store, options, text_file
 
 import qmoe_format
@@ -276,26 +277,62 @@ def test_an_error_of_all_is_said_once(source: Path, runner: RankRunner, tmp_path
     assert "exists already" in line
 
 
+TWO_NAMESPACES = """
+unshare --net sleep 600 & other=$!
+trap 'kill $other' EXIT
+for tries in 1 2 3 4 5 6 7 8 9 10; do
+    ip link add west type veth peer name east netns $other 2> /dev/null && break
+    sleep 0.1  # until it has a namespace of its own
+done
+set -e
+there="nsenter --target $other --net"
+ip address add 10.77.0.1/24 dev west
+$there ip address add 10.77.0.2/24 dev east
+for link in lo west; do ip link set $link up; done
+for link in lo east; do $there ip link set $link up; done
+GLOO_SOCKET_IFNAME=east $there "$@" --node-rank 1 --master-addr 10.77.0.1 $COMMAND & second=$!
+GLOO_SOCKET_IFNAME=west "$@" --node-rank 0 --master-addr 10.77.0.1 $COMMAND
+wait $second
+ip -json -statistics link show west > link.json
+"""
+ONE_HOST = """
+set -e
+"$@" --node-rank 1 --master-addr 127.0.0.1 $COMMAND & second=$!
+"$@" --node-rank 0 --master-addr 127.0.0.1 $COMMAND
+wait $second
+"""
+
+
 @pytest.mark.slow
-def test_torchrun(source: Path, text: Path, expected: Path, tmp_path: Path) -> None:
-    """The plain command of the README."""
+@pytest.mark.parametrize("place", ["one host", "two network namespaces"])
+def test_torchrun(place: str, source: Path, text: Path, expected: Path, tmp_path: Path) -> None:
+    """The plain command of the README, by one agent for each of two machines."""
+    namespaces = place != "one host"
+    alone = ["unshare", "--map-root-user", "--net"] if namespaces else []
+    if namespaces:
+        tried = ["unshare", "--map-root-user", "--net", "ip", "link", "add", "west", "type", "veth"]
+        if not shutil.which("unshare") or not shutil.which("ip") or subprocess.run(tried).returncode:
+            pytest.skip("network namespaces are not permitted here")
     out = tmp_path / "out"
-    arguments = [str(argument) for argument in pack_arguments(source, out, text, "--method", "qmoe")]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "qmoe_format.cli",
-    ]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    run += ["--master-port", str(free_port())]
+    arguments = ["-m", "qmoe_format.cli", *pack_arguments(source, out, text, "--method", "qmoe")]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["COMMAND"] = " ".join(map(str, arguments))
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path
+        [*alone, "bash", "-c", TWO_NAMESPACES if namespaces else ONE_HOST, "bash", *run],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert digests(out) == digests(expected)
+    if namespaces:
+        link = json.loads((tmp_path / "link.json").read_text())[0]
+        # Activations went this way, not only what the agents say to each other
+        assert min(link["stats64"][way]["bytes"] for way in ("rx", "tx")) > 50_000
 
 
 # ---- bookkeeping -------------------------------------------------------------------------------------------
