@@ -53,7 +53,8 @@ class RecipeSettings:
         Share of the mean of the Hessian's diagonal that is added to it; 0.1 in the paper.
     shrinkage : float
         For `rd`: how many tokens the prior Hessian counts for beside those that an expert has seen, at most:
-        it counts for :data:`PRIOR_SHARE` of those, and for no less than :data:`LEAST_PRIOR` of `shrinkage`.
+        it counts for :data:`PRIOR_SHARE` of those, and for no less than :data:`LEAST_PRIOR` of `shrinkage`;
+        and for less by as much as the expert's inputs are weaker.
     sweeps : int
         For `rd`: sweeps of coordinate descent, each after the levels are fitted again.
     rules : tuple of (str, dict)
@@ -188,9 +189,7 @@ class Problem:
     def of(cls, group: MatrixGroup, settings: RecipeSettings) -> Problem:
         """Damp and factor the Hessians; `rd` adds the prior before."""
         hessian = group.hessian
-        most = settings.shrinkage
-        counted = (PRIOR_SHARE * group.tokens).clamp(LEAST_PRIOR * most, most)
-        share = (counted / group.calibration_tokens).to(hessian)[:, None, None]
+        share = _prior_share(group, settings)[:, None, None]
         if settings.method == "rd":
             hessian = hessian + share * group.prior
         fallbacks: dict[int, str] = {}
@@ -221,6 +220,23 @@ class Problem:
             # argmin over V of the error of V x against W x': W E[x' x^T] E[x x^T]^-1
             weight = weight + weight @ drift @ factor.transpose(1, 2) @ factor
         return cls(group, settings, Target.of(weight, damped), factor, fallbacks)
+
+
+def _prior_share(group: MatrixGroup, settings: RecipeSettings) -> Tensor:
+    """What the prior is multiplied with before it is added to the experts' own Hessians: [E].
+
+    Where an expert's inputs are weaker than the sample's, tokens of the sample count for less: else a few of
+    them would outweigh all of its own.
+    """
+    most = settings.shrinkage
+    counted = (PRIOR_SHARE * group.tokens).clamp(LEAST_PRIOR * most, most).to(group.hessian)
+    own = torch.diagonal(group.hessian, dim1=1, dim2=2) * group.calibration_tokens
+    sample = torch.diagonal(group.prior, dim1=1, dim2=2)
+    tokens = group.tokens.to(own)[:, None]
+    # A median, for the few strongest inputs would decide a mean
+    power = torch.where((sample > 0) & (tokens > 0), own / (tokens * sample), 1.0)
+    relative = power.median(dim=-1).values.clamp_max(1.0)
+    return counted * relative / group.calibration_tokens
 
 
 def _extremes(weight: Tensor) -> Tensor:

@@ -10,12 +10,15 @@ put together what they saw in the order of the experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from qmoe_codec.errors import ArgumentError
 from torch import Tensor
 
 from qmoe_format.container import LayerSpec, Projection
@@ -39,6 +42,7 @@ from .ranks import Ranks
 from .recipes import Problem, RecipeSettings
 from .text import TokenWindows
 
+Array = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 """Told how many experts are done, and how many there are; once more for each look."""
 
@@ -54,8 +58,8 @@ FEWEST_ROWS = 12
 """Of each expert; a frame of fewer says little of a whole one."""
 NEAR = 1.6
 """How far the lambdas of the second look lie apart; it is taken again if the one that is wanted does not lie
-between two of them."""
-MOST_LOOKS = 3
+between them."""
+MOST_LOOKS = 6
 
 
 def few_windows(windows: TokenWindows) -> TokenWindows:
@@ -226,30 +230,41 @@ class LambdaSearch:
         Raises
         ------
         ArgumentError
-            No lambda gives so few or so many bits.
+            No lambda gives so few or so many bits, or none was found in :data:`MOST_LOOKS`.
         """
-        lam, enough = solve_lam(curves, target_bits), False
-        seen: dict[float, float] = {}
+        lam = wanted = solve_lam(curves, target_bits)
+        low: tuple[float, float] | None = None  # a lambda of too many bits, and those: the last one known
+        high: tuple[float, float] | None = None  # and one of too few
         for _ in range(MOST_LOOKS):
-            # Rank 0 decides: on another host the last digit may be another.
-            lam, enough = self._ranks.gather([lam, enough])[0]
-            if enough:
-                break
-            near = self._look(False, partial(self._second_look, lam))
-            sizes = sum(curve.bytes for curve in near)
-            rates = 8 * np.asarray(sizes) / sum(curve.weights for curve in near)
-            seen |= zip(near[0].lams.tolist(), rates.tolist(), strict=True)
-            low = max((known for known, rate in seen.items() if rate >= target_bits), default=None)
-            high = min((known for known, rate in seen.items() if rate < target_bits), default=None)
-            if low is None or high is None:  # go on from the nearest, as far as the first look says
-                nearest = low or high
-                assert nearest is not None
-                lam = nearest * solve_lam(curves, target_bits) / nearest_lam(curves, seen[nearest])
-                continue
-            share = (seen[low] - target_bits) / (seen[low] - seen[high])
-            lam = low * (high / low) ** share
-            enough = high < 1.01 * NEAR * low
-        return float(self._ranks.gather(lam)[0])
+            lams, rates = self._rates_around(lam)
+            # Each look is consistent in itself; between two of them, what comes behind the experts changes
+            if rates[0] >= target_bits >= rates[-1]:
+                return float(np.exp(np.interp(-target_bits, -rates, np.log(lams))))
+            if rates[-1] > target_bits:
+                low = edge = (lams[-1], rates[-1])
+            else:
+                high = edge = (lams[0], rates[0])
+            if low and high:
+                if high[0] <= 1.01 * NEAR * low[0]:  # neighbours
+                    share = (low[1] - target_bits) / (low[1] - high[1])
+                    return float(low[0] * (high[0] / low[0]) ** share)
+                lam = math.sqrt(low[0] * high[0])
+            else:  # as far on as the first look says, but past what has been seen
+                step = wanted / nearest_lam(curves, edge[1])
+                lam = edge[0] * (max(step, NEAR) if low else min(step, 1 / NEAR))
+        rates_seen = [f"{rate:.3f} at lambda {at:.3g}" for at, rate in filter(None, (low, high))]
+        raise ArgumentError(
+            f"no lambda for it was found in {MOST_LOOKS} looks at the model",
+            field="target_bpw",
+            value=target_bits,
+            expected=f"{' or '.join(rates_seen)}, or --lam",
+        )
+
+    def _rates_around(self, lam: float) -> tuple[Array, Array]:
+        """Three lambdas around one, rising, and the bits per weight that a look gives for them."""
+        near = self._look(False, partial(self._second_look, lam))
+        sizes = sum(curve.bytes for curve in near)
+        return near[0].lams, 8 * np.asarray(sizes) / sum(curve.weights for curve in near)
 
     def _second_look(self, lam: float, layer: LayerSpec) -> _SecondLook:
         return _SecondLook(layer, self._settings, lam, self._seed)
