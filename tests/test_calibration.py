@@ -33,17 +33,18 @@ from qmoe_quantize import (
     expert_layers,
     pack,
 )
-from qmoe_quantize.calibrated import StreamedExperts, calibrate
+from qmoe_quantize.calibrated import StreamedExperts, TernarizingVisitor, calibrate
 from qmoe_quantize.config import ModelConfig
 from qmoe_quantize.mixture import LayerRun
 from qmoe_quantize.problem import MatrixGroup
 from qmoe_quantize.recipes import RecipeSettings
 from qmoe_quantize.store import Store, merge
 from qmoe_quantize.text import TokenWindows, read_windows
-from source_models import CONFIGS, FUSED, config_of, random_tensors, write_model
+from source_models import CONFIGS, config_of, random_tensors, write_model
 
 import qmoe_format
 from qmoe_format.cli import main
+from qmoe_format.unpack import unpack
 
 SMALL: dict[str, Any] = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 24, "eos_token_id": None}
 
@@ -270,7 +271,7 @@ def windows_of(count: int = 6, length: int = 16) -> TokenWindows:
     return TokenWindows(tokens, np.ones(tokens.shape, bool), count)
 
 
-@pytest.mark.parametrize("model_type", sorted(CONFIGS.keys() - FUSED))
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_activations_and_hessians_are_those_of_the_model(model_type: str, tmp_path: Path) -> None:
     """Layer by layer, with experts in groups, against the whole model of transformers with hooks in it."""
     source = lively_model(tmp_path / "source", model_type)
@@ -319,7 +320,7 @@ def test_activations_and_hessians_are_those_of_the_model(model_type: str, tmp_pa
             inputs = x[token] * gate[:, None]
             expected = inputs.T @ inputs / counted
             up = next(p for p in layer.projections if p.role == "up")
-            group = look.groups[up.tensor_name(expert)]
+            group = look.groups[up.matrix_name(expert)]
             assert int(group.tokens[0]) == len(token) == run.tokens[expert]
             scale = float(x.square().sum(dim=1).mean())
             assert torch.allclose(group.hessian[0], expected, rtol=1e-4, atol=1e-5 * scale)
@@ -384,6 +385,57 @@ def test_down_is_told_what_the_projections_before_it_have_lost(tmp_path: Path) -
         expected = ((given - left) * factors[:, None]).T @ left
         expected *= torch.trace(square) / torch.trace((left * factors[:, None]).T @ left)
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+class Noting(TernarizingVisitor):
+    """Ternarizes, and keeps the Hessians of what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__(RecipeSettings("qmoe", "float32"))
+        self.hessians: dict[str, torch.Tensor] = {}
+
+    def visit(self, layer: Any, projection: Any, experts: list[int], group: MatrixGroup) -> torch.Tensor:
+        self.hessians.update(zip(group.names, group.hessian, strict=True))
+        return super().visit(layer, projection, experts, group)
+
+
+def test_experts_with_biases_and_a_gating_of_their_own(tmp_path: Path) -> None:
+    """Hessians of GPT-OSS behind ternary experts, and row weights, by the module of transformers itself."""
+    source = lively_model(tmp_path / "source", "gpt_oss", num_hidden_layers=2, swiglu_limit=1.5)
+    text = text_file(tmp_path / "text.txt")
+    chosen = options(text, 16, 32, hessian=HessianOptions(gate_weighting=False))
+    pack(source, tmp_path / "packed", PackOptions("qmoe", calibration=chosen, level_format="float32"))
+    unpack(tmp_path / "packed", tmp_path / "ternary")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "ternary", dtype=torch.float32).eval()
+    given: list[Any] = []
+    for module in model.layers:
+        module.mlp.experts.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+    assert chosen.text is not None
+    checkpoint = SourceCheckpoint(source)
+    windows = read_windows(chosen.text, checkpoint.config)
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(windows.tokens))
+
+    layers, look = expert_layers(checkpoint.config, checkpoint.tensors), Noting()
+    (tmp_path / "work").mkdir()
+    streamed = StreamedExperts(
+        checkpoint, layers, windows, StreamOptions(), chosen.hessian, tmp_path / "work"
+    )
+    clamped: list[bool] = []
+    for layer, (x, index, _), block in zip(layers, given, model.layers, strict=True):
+        for _ in streamed.run(layer, look):
+            pass
+        gate, up, down = layer.projections
+        own = block.mlp.experts
+        for expert in range(layer.experts):
+            token, _ = (index == expert).nonzero(as_tuple=True)
+            outputs = x[token] @ own.gate_up_proj[expert] + own.gate_up_proj_bias[expert]
+            clamped += [bool((outputs > own.limit).any()), bool((outputs < -own.limit).any())]
+            for projection, inputs in ((gate, x[token]), (up, x[token]), (down, own._apply_gate(outputs))):
+                expected = inputs.T @ inputs / windows.tokens.size
+                found = look.hessians[projection.matrix_name(expert)]
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+    assert sum(clamped) >= len(clamped) / 2
 
 
 @pytest.mark.parametrize("group_size", [1, 3, 16])

@@ -12,6 +12,7 @@ import numpy as np
 import packed_models
 import pytest
 import torch
+import transformers
 from qmoe_codec.errors import (
     ArgumentError,
     CheckpointError,
@@ -20,8 +21,9 @@ from qmoe_codec.errors import (
     UnsupportedModelError,
     VersionError,
 )
-from qmoe_quantize import PackOptions, pack, ternarize
+from qmoe_quantize import CalibrationOptions, PackOptions, TextOptions, pack, ternarize
 from qmoe_quantize.plan import predict
+from qmoe_quantize.recipes import RecipeSettings
 from safetensors.torch import load_file, save_file
 from source_models import random_model
 
@@ -312,11 +314,43 @@ def test_without_transformers(source: Path, packed: Path) -> None:
     torch.testing.assert_close(module(x, index, weights), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_calibration_is_refused(source: Path, tmp_path: Path) -> None:
-    from qmoe_quantize.options import CalibrationOptions
-    from qmoe_quantize.text import TextOptions
+def calibration(folder: Path) -> CalibrationOptions:
+    text = folder / "text.txt"
+    text.write_bytes(bytes(number * number % 251 + 1 for number in range(5000)))
+    return CalibrationOptions(text=TextOptions(str(text), 16, 32))
 
-    (tmp_path / "text.txt").write_text("so it goes " * 200)
-    options = CalibrationOptions(text=TextOptions(tmp_path / "text.txt"))
-    with pytest.raises(QMoEError, match=r"not calibrated yet|tokenizer"):
-        pack(source, tmp_path / "packed", PackOptions(calibration=options))
+
+@pytest.mark.parametrize(("method", "rounding"), [("qmoe", "minmax"), ("rd", "lsq")])
+def test_packing_with_calibration(method: str, rounding: str, tmp_path: Path) -> None:
+    source = families.write_source(tmp_path / "source", "gpt_oss", vocab_size=256)
+    recipe = RecipeSettings(method, lam=1e-3)
+    summary = pack(
+        source, tmp_path / "packed", PackOptions(method, calibration=calibration(tmp_path), recipe=recipe)
+    )
+    assert len(summary.matrices) == 2 * 4 * 3
+    assert {line["recipe"] for line in summary.matrices} == {method}
+    assert all("fallback" not in line for line in summary.matrices)
+    pack(source, tmp_path / "nearest", PackOptions(levels=rounding))
+    losses = {}
+    for name in ("packed", "nearest"):
+        unpack(tmp_path / name, tmp_path / f"plain {name}")
+        losses[name] = logits_of(tmp_path / f"plain {name}") - logits_of(source)
+    assert losses["packed"].square().mean() < losses["nearest"].square().mean()
+    loaded = families.logits(families.load(tmp_path / "packed", dtype=torch.float32))
+    torch.testing.assert_close(loaded, logits_of(tmp_path / "plain packed"), rtol=1e-4, atol=1e-4)
+
+
+def logits_of(directory: Path) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return families.logits(model)
+
+
+def test_a_family_that_transformers_does_not_compute_is_not_calibrated(tmp_path: Path) -> None:
+    source = families.write_source(tmp_path / "source", "nllb-moe", vocab_size=256)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"encoder\.layers\.1\.ffn\.experts: cannot be calibrated: .* only experts 0 and 1 .*"
+        r"NllbMoeExperts, expected --method nearest",
+    ):
+        pack(source, tmp_path / "packed", PackOptions("qmoe", calibration=calibration(tmp_path)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]

@@ -66,7 +66,14 @@ RULES = {
     "qmoe_format.hdf5": Rule({*CONTAINER, "qmoe_format"}, {"h5py"}),
     "qmoe_quantize": Rule(
         {*CONTAINER, "qmoe_format", "torch"},
-        {"datasets", "h5py", "huggingface_hub", "qmoe_format.transformers", "transformers"},
+        {
+            "datasets",
+            "h5py",
+            "huggingface_hub",
+            "qmoe_format.torch",
+            "qmoe_format.transformers",
+            "transformers",
+        },
     ),
     "qmoe_format.cli": Rule(
         {*CONTAINER, "qmoe_format", "tqdm"},

@@ -17,7 +17,7 @@ from qmoe_codec.errors import (
     UnsupportedModelError,
 )
 
-from qmoe_format.container import LayerSpec, Projection
+from qmoe_format.container import EXPERT, LayerSpec, Projection
 from qmoe_format.files import is_plain_name, open_regular, os_errors, read_json_object
 from qmoe_format.safetensors_io import SafetensorsFile, TensorInfo, tensor_bytes
 
@@ -163,6 +163,22 @@ class SourceCheckpoint:
             weight = weight.reshape(columns, rows.total).T
         part = weight.reshape(rows.total, columns)[rows.part(projection.rows)]
         return np.ascontiguousarray(part[start:stop])
+
+    def bias(self, layer: LayerSpec, projection: Projection, expert: int) -> npt.NDArray[np.float32] | None:
+        """What a projection of an expert adds, as float32 [rows]; None where it adds nothing.
+
+        Raises
+        ------
+        CheckpointError, UnsupportedModelError
+            As for :meth:`matrix`.
+        """
+        if projection.bias is None:
+            return None
+        if not projection.fused:
+            return self._floats(projection.bias.replace(EXPERT, str(expert)), 0, projection.rows)
+        rows = layer.fused_rows(projection)
+        values = self._floats(projection.bias, expert * rows.total, rows.total)
+        return np.ascontiguousarray(values[rows.part(projection.rows)])
 
     def _floats(self, name: str, start: int, count: int) -> npt.NDArray[np.float32]:
         """Elements [start, start + count) of a tensor of weights."""

@@ -25,7 +25,7 @@ from .dispatch import Dispatch
 from .options import HessianOptions
 from .problem import MatrixGroup
 from .ranks import Ranks
-from .streaming import Activation, Routing, StreamedModel
+from .streaming import Routing, StreamedModel
 
 PRIOR_TOKENS = 512
 """Tokens of the layer, drawn at random, that stand in for those that an expert has not seen."""
@@ -125,7 +125,8 @@ class LayerRun:
                 "experts of an unknown kind", field=layer.prefix, value=", ".join(sorted(roles))
             )
         self._gate, self._up, self._down = roles.get("gate"), roles["up"], roles["down"]
-        self._activation: Activation = model.activation(layer.prefix)
+        self._inner = model.inner(layer.prefix)
+        self._biases = {p.name: self._read_biases(p) for p in layer.projections if p.bias is not None}
         routing = model.record(layer.prefix, scratch, "x" if ranks.size == 1 else "own")
         self._stage = model.stage_of(layer.prefix)
         self.calibration_tokens = model.calibration_tokens(layer.prefix)
@@ -240,6 +241,11 @@ class LayerRun:
             stacked[place] = torch.from_numpy(self._checkpoint.matrix(self.layer, projection, expert))
         return stacked.to(self._device)
 
+    def _read_biases(self, projection: Projection) -> Tensor:
+        """What a projection adds, of all the layer's experts: float32 [experts, R]."""
+        found = [self._checkpoint.bias(self.layer, projection, e) for e in range(self.layer.experts)]
+        return torch.stack([torch.from_numpy(bias) for bias in found if bias is not None]).to(self._device)
+
     def _run_group(self, experts: Sequence[int]) -> None:
         gate = self._weights(self._gate, experts) if self._gate else None
         up, down = self._weights(self._up, experts), self._weights(self._down, experts)
@@ -318,23 +324,33 @@ class LayerRun:
         """What each token is multiplied with in a Hessian."""
         return gates if self._options.gate_weighting else torch.ones_like(gates)
 
-    def _hidden(self, gate: Tensor | None, up: Tensor, x: Tensor) -> Tensor:
-        """What the last projection of an expert multiplies with: [tokens, R]."""
-        if gate is None:
-            values: Tensor = self._activation(x @ up.T)
-            return values
-        values = self._activation(x @ gate.T) * (x @ up.T)
-        return values
+    def _project(self, projection: Projection, expert: int, weight: Tensor, x: Tensor) -> Tensor:
+        """What a projection of an expert gives, with `weight` in place of its matrix: [tokens, R]."""
+        product = x @ weight.T
+        biases = self._biases.get(projection.name)
+        return product if biases is None else product.add_(biases[expert])
 
-    def _slopes(self, gate: Tensor | None, up: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _hidden(self, expert: int, gate: Tensor | None, up: Tensor, x: Tensor) -> Tensor:
+        """What the last projection of an expert multiplies with: [tokens, R]."""
+        return self._inner(*self._outputs(expert, gate, up, x))
+
+    def _outputs(
+        self, expert: int, gate: Tensor | None, up: Tensor, x: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """What gate and up give."""
+        of_gate = None
+        if self._gate is not None and gate is not None:
+            of_gate = self._project(self._gate, expert, gate, x)
+        return of_gate, self._project(self._up, expert, up, x)
+
+    def _slopes(self, expert: int, gate: Tensor | None, up: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Squared derivatives of :meth:`_hidden` by the outputs of gate and up: [tokens, R] each."""
+        of_gate, of_up = self._outputs(expert, gate, up, x)
+        given = [value.requires_grad_() for value in (of_gate, of_up) if value is not None]
         with torch.enable_grad():
-            inner = (x @ (up if gate is None else gate).T).requires_grad_()
-            value = self._activation(inner)
-            (slope,) = torch.autograd.grad(value.sum(), inner)
-        if gate is None:
-            return torch.zeros_like(slope), slope.square()
-        return (slope * (x @ up.T)).square(), value.detach().square()
+            found = torch.autograd.grad(self._inner(of_gate, of_up).sum(), given)
+        squares = [slope.square() for slope in found]
+        return (torch.zeros_like(squares[0]) if of_gate is None else squares[0]), squares[-1]
 
     def _input_statistics(
         self, experts: list[int], gate: Tensor | None, up: Tensor, down: Tensor
@@ -351,7 +367,7 @@ class LayerRun:
                 inputs = x[tokens]
                 weighted = inputs * factors[:, None]
                 hessian[place] += weighted.T @ weighted
-                of_gate, of_up = self._slopes(_one(gate, place), up[place], inputs)
+                of_gate, of_up = self._slopes(experts[place], _one(gate, place), up[place], inputs)
                 squares = factors.square()
                 slopes[0, place] += squares @ of_gate
                 slopes[1, place] += squares @ of_up
@@ -361,8 +377,8 @@ class LayerRun:
             hessian[place] *= self._selections[expert].scale / self.calibration_tokens
         usual = self._sample_gate if self._options.gate_weighting else 1.0
         gates = (weight_sums + FEW_TOKENS * usual) / (counts + FEW_TOKENS)
-        for place in range(len(experts)):
-            of_gate, of_up = self._slopes(_one(gate, place), up[place], self._sample)
+        for place, expert in enumerate(experts):
+            of_gate, of_up = self._slopes(expert, _one(gate, place), up[place], self._sample)
             share = FEW_TOKENS * usual
             slopes[0, place] += share * of_gate.mean(dim=0)
             slopes[1, place] += share * of_up.mean(dim=0)
@@ -387,18 +403,19 @@ class LayerRun:
         for _, _, parts, x in self._chunks(experts, used=True):
             for place, tokens, weights in parts:
                 factors = self._factors(weights)
-                sums[:, place] += self._moments(place, original, gate, up, x[tokens], factors)
+                sums[:, place] += self._moments(place, experts[place], original, gate, up, x[tokens], factors)
         prior = torch.empty_like(sums)
         ones = self._sample.new_ones(len(self._sample))
         for place, expert in enumerate(experts):
             sums[:, place] *= self._selections[expert].scale / self.calibration_tokens
-            moments = self._moments(place, original, gate, up, self._sample, ones)
+            moments = self._moments(place, expert, original, gate, up, self._sample, ones)
             prior[:, place] = moments * (gates[place] / max(1, len(self._sample)))
         return sums, prior
 
     def _moments(
         self,
         place: int,
+        expert: int,
         original: tuple[Tensor | None, Tensor] | None,
         gate: Tensor | None,
         up: Tensor,
@@ -406,11 +423,12 @@ class LayerRun:
         factors: Tensor,
     ) -> Tensor:
         """Sums of h h^T and, if `original` is given, of (h' - h) h^T, h' being from it: [1 or 2, R, R]."""
-        hidden = self._hidden(_one(gate, place), up[place], x) * factors[:, None]
+        hidden = self._hidden(expert, _one(gate, place), up[place], x) * factors[:, None]
         square = (hidden.T @ hidden)[None]
         if original is None:
             return square
-        lost = self._hidden(_one(original[0], place), original[1][place], x) * factors[:, None] - hidden
+        given = self._hidden(expert, _one(original[0], place), original[1][place], x)
+        lost = given * factors[:, None] - hidden
         return torch.cat((square, (lost.T @ hidden)[None]))
 
     def _put_output(self, experts: Sequence[int], gate: Tensor | None, up: Tensor, down: Tensor) -> None:
@@ -418,12 +436,12 @@ class LayerRun:
         for start, stop, parts, x in self._chunks(experts, used=False):
             y = self._scratch.read("y", start, stop).to(self._device) if self._dispatch is None else None
             for place, tokens, gates in parts:
-                hidden = self._hidden(_one(gate, place), up[place], x[tokens])
-                values = (hidden @ down[place].T) * gates[:, None]
+                expert = experts[place]
+                hidden = self._hidden(expert, _one(gate, place), up[place], x[tokens])
+                values = self._project(self._down, expert, down[place], hidden) * gates[:, None]
                 if y is not None:
                     y.index_add_(0, tokens, values)
                 elif self._dispatch is not None:
-                    expert = experts[place]
                     self._dispatch.put(expert, self._selections[expert].within(start, stop), values)
             if y is not None:
                 self._scratch.write("y", start, y)

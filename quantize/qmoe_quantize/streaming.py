@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from .ranks import Ranks
 from .text import TokenWindows
 
 MEMORY = "memory"  # what an encoder gives to its decoder
-Activation = Callable[[Tensor], Tensor]
+Inner = Callable[[Tensor | None, Tensor], Tensor]
+"""From what gate (if there is one) and up give to what an expert's last projection multiplies with."""
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -134,7 +136,7 @@ class StreamedModel:
         self._dtype = COMPUTE_DTYPES[options.dtype]
         self._batch = options.batch_windows(windows.tokens.shape[1])
         self._model, self._sources = _build(checkpoint, self._dtype)
-        self._activations_of: dict[str, Activation] = {}
+        self._inners: dict[str, Inner] = {}
         self._recorders: dict[str, ExpertsRecorder] = {}
         places = self._put_recorders(layers)
         self._stacks = _stacks(self._model, checkpoint, windows)
@@ -158,6 +160,7 @@ class StreamedModel:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
+        from qmoe_format.torch import inner
         from qmoe_format.transformers import experts_activation, is_switch, module_name
 
         renamings = [
@@ -169,16 +172,17 @@ class StreamedModel:
         for layer in layers:
             name = module_name(self._model, layer, renamings)
             module = self._model.get_submodule(name)
-            activation = experts_activation(module, layer)
-            if activation is None or "bias" in layer.features:
+            try:
+                activation = experts_activation(module, layer)
+            except UnsupportedModelError as error:
                 raise UnsupportedModelError(
-                    "experts with biases or a gating of their own are not calibrated yet",
+                    f"cannot be calibrated: {error.message}",
                     file=self._checkpoint.directory,
                     field=layer.prefix,
                     value=type(module).__name__,
                     expected="--method nearest, without --calib",
-                )
-            self._activations_of[layer.prefix] = activation
+                ) from error
+            self._inners[layer.prefix] = partial(inner, activation=activation, gating=layer.gating)
             recorder = ExpertsRecorder(layer.experts, one_hot=is_switch(module))
             self._recorders[layer.prefix] = recorder
             self._model.set_submodule(name, recorder)
@@ -253,9 +257,9 @@ class StreamedModel:
         """The layer that the experts `prefix` belong to."""
         return self._stage_of[prefix]
 
-    def activation(self, prefix: str) -> Activation:
+    def inner(self, prefix: str) -> Inner:
         """What the experts `prefix` compute between their projections."""
-        return self._activations_of[prefix]
+        return self._inners[prefix]
 
     def calibration_tokens(self, prefix: str) -> int:
         """Tokens that count among those that reach the layer of the experts `prefix`."""

@@ -59,7 +59,7 @@ FEWEST_ROWS = 12
 NEAR = 1.6
 """How far the lambdas of the second look lie apart; it is taken again if the one that is wanted does not lie
 between them."""
-MOST_LOOKS = 6
+MOST_LOOKS = 8
 
 
 def few_windows(windows: TokenWindows) -> TokenWindows:
@@ -235,7 +235,7 @@ class LambdaSearch:
         lam = wanted = solve_lam(curves, target_bits)
         low: tuple[float, float] | None = None  # a lambda of too many bits, and those: the last one known
         high: tuple[float, float] | None = None  # and one of too few
-        for _ in range(MOST_LOOKS):
+        for number in range(MOST_LOOKS):
             lams, rates = self._rates_around(lam)
             # Each look is consistent in itself; between two of them, what comes behind the experts changes
             if rates[0] >= target_bits >= rates[-1]:
@@ -249,9 +249,9 @@ class LambdaSearch:
                     share = (low[1] - target_bits) / (low[1] - high[1])
                     return float(low[0] * (high[0] / low[0]) ** share)
                 lam = math.sqrt(low[0] * high[0])
-            else:  # as far on as the first look says, but past what has been seen
-                step = wanted / nearest_lam(curves, edge[1])
-                lam = edge[0] * (max(step, NEAR) if low else min(step, 1 / NEAR))
+            else:  # as far on as the first look says, but past what has been seen, and further each time
+                step, least = wanted / nearest_lam(curves, edge[1]), NEAR ** (2**number)
+                lam = edge[0] * (max(step, least) if low else min(step, 1 / least))
         rates_seen = [f"{rate:.3f} at lambda {at:.3g}" for at, rate in filter(None, (low, high))]
         raise ArgumentError(
             f"no lambda for it was found in {MOST_LOOKS} looks at the model",
