@@ -257,18 +257,33 @@ def test_what_a_small_problem_holds_stands_for_a_large_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_calibrated_memory_is_flat_and_as_predicted(tmp_path: Path) -> None:
+def test_calibrated_memory_is_flat_and_as_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak memory with 4 experts at once, of 8 and of 64, in layers where experts are most of the model."""
     pytest.importorskip("h5py")
     pytest.importorskip("transformers")
+    from qmoe_quantize import CalibrationOptions, HessianOptions, TextOptions
+    from qmoe_quantize import cost as cost_module
+    from qmoe_quantize.cost import Rates
+    from qmoe_quantize.recipes import RecipeSettings
+
+    # Times do not matter here
+    monkeypatch.setattr(cost_module, "measure_rates", lambda *_: Rates((0, 0, 0, 0), 0, 0, "made up"))
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
-    (tmp_path / "text.txt").write_bytes(bytes(range(97, 123)) * 200)
-    settings = ("--calib", tmp_path / "text.txt", "--method", "qmoe", "--nsamples", "8", "--seqlen", "64")
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(97, 123)) * 200)
+    settings = ("--calib", text, "--nsamples", "8", "--seqlen", "64", "--experts-per-batch", "4")
+    calibration = CalibrationOptions(
+        TextOptions(str(text), 8, 64), hessian=HessianOptions(experts_per_batch=4)
+    )
     peaks = []
-    for experts in (8, 64):
-        source = random_model(tmp_path / f"source-{experts}", num_experts=experts, dtype="float32", **sizes)
-        plan, _ = peak_of(source, "--dry-run", *settings, "--experts-per-batch", "4")
-        _, peak = peak_of(source, tmp_path / f"out-{experts}", *settings, "--experts-per-batch", "4")
-        assert peak == pytest.approx(plan["peak_memory_bytes"], rel=0.25)
+    for method, experts in (("qmoe", 8), ("qmoe", 64), ("rd", 8)):
+        options = PackOptions(method, calibration=calibration, recipe=RecipeSettings(method, lam=1e-6))
+        own = ("--lam", "1e-6") if method == "rd" else ()
+        source = tmp_path / f"source-{experts}"
+        if not source.exists():
+            random_model(source, num_experts=experts, dtype="float32", **sizes)
+        out = tmp_path / f"out-{method}-{experts}"
+        _, peak = peak_of(source, out, "--method", method, *own, *settings)
+        assert peak == pytest.approx(predict(source, options).peak_memory_bytes, rel=0.25)
         peaks.append(peak)
     assert peaks[1] < 1.1 * peaks[0]
