@@ -232,6 +232,10 @@ class LambdaSearch:
         ArgumentError
             No lambda gives so few or so many bits, or none was found in :data:`MOST_LOOKS`.
         """
+        # Rank 0 decides: on another host the last digit may be another.
+        return float(self._ranks.gather(self._find(target_bits, curves))[0])
+
+    def _find(self, target_bits: float, curves: Sequence[RateCurve]) -> float:
         lam = wanted = solve_lam(curves, target_bits)
         low: tuple[float, float] | None = None  # a lambda of too many bits, and those: the last one known
         high: tuple[float, float] | None = None  # and one of too few
@@ -262,9 +266,11 @@ class LambdaSearch:
 
     def _rates_around(self, lam: float) -> tuple[Array, Array]:
         """Three lambdas around one, rising, and the bits per weight that a look gives for them."""
-        near = self._look(False, partial(self._second_look, lam))
+        near = self._look(False, partial(self._second_look, self._ranks.gather(lam)[0]))
         sizes = sum(curve.bytes for curve in near)
-        return near[0].lams, 8 * np.asarray(sizes) / sum(curve.weights for curve in near)
+        rates = 8 * np.asarray(sizes) / sum(curve.weights for curve in near)
+        lams, rates = self._ranks.gather([near[0].lams.tolist(), rates.tolist()])[0]
+        return np.array(lams), np.array(rates)
 
     def _second_look(self, lam: float, layer: LayerSpec) -> _SecondLook:
         return _SecondLook(layer, self._settings, lam, self._seed)
