@@ -3,10 +3,14 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu-h200.json --plot benchmarks/results/gpu-h200.png
     python benchmarks/gpu.py --qmoe PATH     also the QMoE authors' kernel, from a checkout of theirs
     python benchmarks/gpu.py --chart FILE --plot OUT.png     a chart of results that are there already
+    python benchmarks/gpu.py --host --shapes 64x96     the same code without a GPU: its times mean nothing
 
 Each measurement is a CUDA graph of calls that go round enough matrices to leave the L2, timed by events;
 reported are the median over replays and the quartiles, in microseconds a call. Bytes and lane instructions
 are counted, not measured: see gpu_decode/NOTES.md. Needs a GPU, cupy and torch.
+
+Operation by operation, all shapes of one before the next; FILE of --json is written after each cell, and no
+cell is begun after --seconds, so that whoever cuts a run off keeps what it measured.
 """
 
 from __future__ import annotations
@@ -14,9 +18,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,9 +47,11 @@ SHAPES = [
 ]
 GROUPED = [(64, 1), (64, 8)]  # tokens and choices, of 128 experts
 GROUPED_EXPERTS = 128
-# Lane instructions, counted in the kernels' text; NOTES.md has the count.
-PER_CODEWORD, PER_NONZERO = 13.0, 9.0
-PER_NONZERO_TOKEN = 1.6
+SIDES = (2048, 768)  # hidden and intermediate of such a layer
+# Instructions of a warp, counted in the machine code for sm_90; NOTES.md has the count.
+PER_ROW, PER_STEP, PER_CODEWORD = 130, 65, 52  # the last: of each lane
+PER_NONZERO = 21  # of more than one token: in a lane, for up to eight
+STEP_CODEWORDS = 256
 
 
 def counted(
@@ -48,12 +60,16 @@ def counted(
     """Bytes that a product has to move and lane instructions that it takes, beside dense bf16's bytes."""
     rows, columns = shape
     vectors = 2 * tokens * (rows + columns)
-    per_nonzero = PER_NONZERO if tokens == 1 else 6 + PER_NONZERO_TOKEN * tokens
+    in_row = codewords / max(1, rows)
+    warp = PER_ROW + PER_STEP * -(-in_row // STEP_CODEWORDS) + PER_CODEWORD * -(-in_row // 32)
+    instructions = 32 * rows * warp
+    if tokens > 1:
+        instructions += PER_NONZERO * nonzeros * -(-tokens // 8)
     return {
         "bytes": frame_bytes + vectors,
         "dense_bytes": 2 * weights + vectors,
-        "lane_instructions": round(PER_CODEWORD * codewords + per_nonzero * nonzeros),
-        "instructions_per_weight": (PER_CODEWORD * codewords + per_nonzero * nonzeros) / weights,
+        "lane_instructions": round(instructions),
+        "instructions_per_weight": instructions / weights,
     }
 
 
@@ -68,30 +84,122 @@ def summary(microseconds: list[float]) -> dict[str, float]:
     return {"median_us": median, "low_us": low, "high_us": high, "replays": len(microseconds)}
 
 
-def measure(calls: list[Callable[[], object]], replays: int) -> dict[str, float]:
-    """Time of one call, from a graph of all of them."""
-    import torch
+class OnGpu:
+    """Where the measurements are taken."""
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
+    name = "cuda"
+
+    def __init__(self) -> None:
+        import torch
+        from qmoe_gpu_decode.device import cuda_device
+
+        self.device = cuda_device()
+        self.l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+
+    def stream(self) -> int | None:
+        """The current one, for launchers."""
+        import torch
+
+        return int(torch.cuda.current_stream().cuda_stream)
+
+    def measure(self, calls: list[Callable[[], object]], replays: int) -> dict[str, float]:
+        """Time of one call, from a graph of all of them."""
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = [call() for call in calls]  # so that no two share their output
+        times = []
+        for _ in range(replays + 3):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(1000 * begin.elapsed_time(end) / len(calls))
+        del kept
+        return summary(times[3:])
+
+    def measure_waiting(self, call: Callable[[], object], replays: int) -> dict[str, float]:
+        """Time of one call that waits for the device, and so cannot be in a graph."""
+        import torch
+
+        times = []
+        for _ in range(replays + 3):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(torch.cuda.default_stream())
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]  # so that no two share their output
-    times = []
-    for _ in range(replays + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * begin.elapsed_time(end) / len(calls))
-    del kept
-    return summary(times[3:])
+            end.record(torch.cuda.default_stream())
+            end.synchronize()
+            times.append(1000 * begin.elapsed_time(end))
+        return summary(times[3:])
+
+    def describe(self) -> dict[str, Any]:
+        """The GPU and its two ceilings: bandwidth as a copy has it, issue as its clock and size give it."""
+        import cupy
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+        target = torch.empty_like(source)
+        copied = self.measure([lambda: target.copy_(source)], 20)
+        clock = 1000 * cupy.cuda.runtime.getDeviceProperties(0)["clockRate"]
+        return {
+            "name": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "bytes_per_second": 2e6 * source.numel() / copied["median_us"],
+            "lane_instructions_per_second": 4 * 32 * properties.multi_processor_count * clock,
+            "torch": torch.__version__,
+            "cupy": cupy.__version__,
+            "cuda": torch.version.cuda,
+            "driver": cupy.cuda.runtime.driverGetVersion(),
+        }
+
+
+class OnHost:
+    """The kernels run on the host, to try this file where there is no GPU."""
+
+    name = "cpu"
+    l2_bytes = 1
+
+    def __init__(self) -> None:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "gpu_decode" / "shim"))
+        from host import HostDevice
+
+        folder = Path(tempfile.gettempdir()) / f"qmoe-kernels-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.device = HostDevice(folder)
+
+    def stream(self) -> int | None:
+        return None
+
+    def measure(self, calls: list[Callable[[], object]], replays: int) -> dict[str, float]:
+        times = []
+        for call in calls[:2]:
+            begin = time.perf_counter()
+            call()
+            times.append(1e6 * (time.perf_counter() - begin))
+        return summary(times * 2)
+
+    def measure_waiting(self, call: Callable[[], object], replays: int) -> dict[str, float]:
+        return self.measure([call], replays)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": "no GPU: times mean nothing",
+            "multiprocessors": self.device.multiprocessors,
+            "l2_bytes": self.l2_bytes,
+            "bytes_per_second": 1.0,
+            "lane_instructions_per_second": 1.0,
+        }
 
 
 def ternary(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,101 +209,148 @@ def ternary(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarr
     return trits, levels
 
 
-def measure_shape(shape: tuple[int, int], l2_bytes: int, replays: int, bits: int) -> dict[str, Any]:
-    """All operations on one shape."""
-    import torch
-    from qmoe_codec import build_dictionary, encode, read_frame_header
-    from qmoe_gpu_decode import encode as encode_there
-    from qmoe_gpu_decode import torch_ops
-    from qmoe_gpu_decode.device import cuda_device
-    from qmoe_gpu_decode.matrices import PackedMatrices
+@dataclass
+class Problem:
+    """One shape, packed and dense, as often as it takes to leave the L2."""
 
-    rows, columns = shape
-    rng = np.random.default_rng()
-    trits, levels = ternary(rng, rows, columns)
-    dictionary = build_dictionary(P_ZERO, bits)
-    frame = encode(trits, levels, dictionary)
-    header = read_frame_header(frame)
-    number_of = copies(len(frame), l2_bytes)
-    packed = PackedMatrices([frame] * number_of, {dictionary.dictionary_id: dictionary}, cuda_device())
-    handle = torch_ops.register(packed)
-    like = torch.zeros(1, dtype=torch.bfloat16, device="cuda")
-    weights = torch.ops.qmoe.dequantize(handle, like, 0, rows, columns)
-    low, high = (torch.from_numpy(levels[:, k : k + 1]).cuda().bfloat16() for k in (0, 1))
-    there = torch.from_numpy(trits).cuda()
-    assert torch.equal(weights, torch.where(there < 0, low, torch.where(there > 0, high, 0 * low)))
-    dense = [weights.clone() for _ in range(copies(2 * weights.numel(), l2_bytes))]
-    results: dict[str, Any] = {"frame_bytes": len(frame), "codewords": header.codeword_count}
-    for tokens in (1, 8, 32, 4096):
-        x = torch.randn(tokens, columns, device="cuda").bfloat16()
-        y = torch.ops.qmoe.matmul(handle, x, 0, rows)
-        exact = x.double() @ weights.double().T
-        assert (y.double() - exact).norm() / exact.norm() < 1e-2
-        some = min(number_of, 8) if tokens > 32 else number_of
-        results[f"{tokens} tokens"] = {
-            "ours": measure(
-                [lambda i=i, x=x: torch.ops.qmoe.matmul(handle, x, i, rows) for i in range(some)], replays
-            ),
-            "dense bf16": measure([lambda w=w, x=x: torch.matmul(x, w.T) for w in dense[:some]], replays),
-            "counted": counted(
-                rows * columns, header.codeword_count, int(np.count_nonzero(trits)), len(frame), tokens, shape
-            ),
-        }
-    some = min(number_of, len(dense))
-    results["decode to bf16"] = {
-        "ours": measure(
-            [lambda i=i: torch.ops.qmoe.dequantize(handle, like, i, rows, columns) for i in range(some)],
+    shape: tuple[int, int]
+    trits: np.ndarray
+    levels: np.ndarray
+    dictionary: Any
+    frame: bytes
+    packed: Any  # PackedMatrices
+    dense: list[Any]
+    handle: int
+
+    @classmethod
+    def make(cls, place: OnGpu | OnHost, shape: tuple[int, int], bits: int) -> Problem:
+        import torch
+        from qmoe_codec import build_dictionary, encode
+        from qmoe_gpu_decode import torch_ops
+        from qmoe_gpu_decode.matrices import PackedMatrices
+
+        trits, levels = ternary(np.random.default_rng(), *shape)
+        dictionary = build_dictionary(P_ZERO, bits)
+        frame = encode(trits, levels, dictionary)
+        packed = PackedMatrices(
+            [frame] * copies(len(frame), place.l2_bytes),
+            {dictionary.dictionary_id: dictionary},
+            place.device,
+            verify=False,
+        )
+        there = torch.from_numpy(trits).to(place.name)
+        low, high = (torch.from_numpy(levels[:, k : k + 1]).to(place.name).bfloat16() for k in (0, 1))
+        weights = torch.where(there < 0, low, torch.where(there > 0, high, 0 * low))
+        dense = [weights.clone() for _ in range(copies(2 * weights.numel(), place.l2_bytes))]
+        return cls(shape, trits, levels, dictionary, frame, packed, dense, torch_ops.register(packed))
+
+
+def measure_product(place: OnGpu | OnHost, problem: Problem, tokens: int, replays: int) -> dict[str, Any]:
+    """x times the transposed weights, fused and dense."""
+    import torch
+    from qmoe_codec import read_frame_header
+
+    (rows, columns), weights = problem.shape, problem.dense[0]
+    x = torch.randn(tokens, columns, device=place.name).bfloat16()
+    y = torch.ops.qmoe.matmul(problem.handle, x, 0, rows)
+    exact = x.double() @ weights.double().T
+    error = float((y.double() - exact).norm() / exact.norm())
+    if not error < 1e-2:
+        raise ValueError(f"wrong by {error}: {problem.shape}, {tokens} tokens")
+    some = 8 if tokens > 32 else 1 << 30
+    matrices, dense = problem.packed.count, problem.dense
+    header = read_frame_header(problem.frame)
+    return {
+        "ours": place.measure(
+            [
+                lambda i=i: torch.ops.qmoe.matmul(problem.handle, x, i, rows)
+                for i in range(min(matrices, some))
+            ],
             replays,
         ),
-        "written_bytes": 2 * rows * columns,
+        "dense bf16": place.measure([lambda w=w: torch.matmul(x, w.T) for w in dense[:some]], replays),
+        "relative_error": error,
+        "counted": counted(
+            rows * columns,
+            header.codeword_count,
+            int(np.count_nonzero(problem.trits)),
+            len(problem.frame),
+            tokens,
+            problem.shape,
+        ),
     }
-    there_levels = torch.from_numpy(levels).cuda()
-    times = []
-    for _ in range(replays + 3):  # not in a graph: encoding waits for the size of the frame
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(torch.cuda.default_stream())
-        made = encode_there(there, there_levels, dictionary)
-        end.record(torch.cuda.default_stream())
-        end.synchronize()
-        times.append(1000 * begin.elapsed_time(end))
-    assert bytes(made.get()) == frame
-    results["encode"] = {"ours": summary(times[3:]), "weights": rows * columns}
-    return results
 
 
-def measure_grouped(
-    tokens: int, choices: int, hidden: int, intermediate: int, replays: int, bits: int
-) -> dict[str, Any]:
-    """A layer of experts beside the same in bf16: a dense product per expert that is hit, in one graph."""
+def measure_decode(place: OnGpu | OnHost, problem: Problem, replays: int) -> dict[str, Any]:
+    """To bf16."""
     import torch
-    from qmoe_codec import build_dictionary, encode
-    from qmoe_gpu_decode import ExpertProjection, PackedExperts, torch_ops
-    from qmoe_gpu_decode.device import cuda_device
 
+    rows, columns = problem.shape
+    like = problem.dense[0]
+    found = torch.ops.qmoe.dequantize(problem.handle, like, 0, rows, columns)
+    if not torch.equal(found, like):
+        raise ValueError(f"decoded wrong: {problem.shape}")
+    some = min(problem.packed.count, len(problem.dense))
+    calls = [
+        lambda i=i: torch.ops.qmoe.dequantize(problem.handle, like, i, rows, columns) for i in range(some)
+    ]
+    return {"ours": place.measure(calls, replays), "written_bytes": 2 * rows * columns}
+
+
+def measure_encode(place: OnGpu | OnHost, problem: Problem, replays: int) -> dict[str, Any]:
+    """Trits and levels to a frame, the wait for its size included."""
+    from qmoe_gpu_decode import encode
+
+    trits, levels = place.device.upload(problem.trits), place.device.upload(problem.levels)
+
+    def call() -> Any:
+        return encode(trits, levels, problem.dictionary, device=place.device)
+
+    if bytes(place.device.download(call())) != problem.frame:
+        raise ValueError(f"encoded wrong: {problem.shape}")
+    return {"ours": place.measure_waiting(call, replays), "weights": problem.trits.size}
+
+
+def packed_layers(place: OnGpu | OnHost, sides: tuple[int, int], count: int, bits: int) -> list[Any]:
+    """Layers of `count` equal experts, as often as it takes to leave the L2."""
+    from qmoe_codec import build_dictionary, encode
+    from qmoe_gpu_decode import ExpertProjection, PackedExperts
+
+    hidden, intermediate = sides
     rng = np.random.default_rng()
     dictionary = build_dictionary(P_ZERO, bits)
     shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
-    frames = {role: encode(*ternary(rng, *shape), dictionary) for role, shape in shapes.items()}
-    record = b"".join(frames.values())
-    record_room = -(-len(record) // 256) * 256
-    store = record.ljust(record_room, b"\0") * GROUPED_EXPERTS
-    index = np.array([(e * record_room, len(record), -1) for e in range(GROUPED_EXPERTS)])
+    record = b"".join(encode(*ternary(rng, *shape), dictionary) for shape in shapes.values())
+    room = -(-len(record) // 256) * 256
+    store = record.ljust(room, b"\0") * count
+    index = np.array([(e * room, len(record), -1) for e in range(count)])
     projections = [ExpertProjection(role, *shape) for role, shape in shapes.items()]
-    dictionaries = {dictionary.dictionary_id: dictionary}
-    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    layers = [
-        PackedExperts(store, index, dictionaries, projections, cuda_device(), verify=False)
-        for _ in range(copies(len(store), l2_bytes))
+    return [
+        PackedExperts(
+            store, index, {dictionary.dictionary_id: dictionary}, projections, place.device, verify=False
+        )
+        for _ in range(copies(len(store), place.l2_bytes))
     ]
+
+
+def measure_grouped(
+    place: OnGpu | OnHost, layers: list[Any], tokens: int, choices: int, replays: int
+) -> dict[str, Any]:
+    """A layer of experts beside the same in bf16: a dense product per expert that is hit, in one graph."""
+    import torch
+    from qmoe_gpu_decode import torch_ops
+
+    experts, hidden, intermediate = (getattr(layers[0], n) for n in ("experts", "hidden", "intermediate"))
     handles = [torch_ops.register(layer) for layer in layers]
-    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
-    chosen = torch.stack([torch.randperm(GROUPED_EXPERTS)[:choices] for _ in range(tokens)]).cuda()
-    shares = torch.rand(tokens, choices, device="cuda")
+    x = torch.randn(tokens, hidden, device=place.name).bfloat16()
+    chosen = torch.stack([torch.randperm(experts)[:choices] for _ in range(tokens)]).to(place.name)
+    shares = torch.rand(tokens, choices, device=place.name)
+    shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     dense = {
-        role: torch.randn(GROUPED_EXPERTS, *shape, device="cuda", dtype=torch.bfloat16)
+        role: torch.randn(experts, *shape, device=place.name, dtype=torch.bfloat16)
         for role, shape in shapes.items()
     }
-    groups = [(chosen == e).nonzero(as_tuple=True) for e in range(GROUPED_EXPERTS)]
+    groups = [(chosen == e).nonzero(as_tuple=True) for e in range(experts)]
 
     def peer() -> torch.Tensor:  # routing known beforehand: kinder to the peer than to ours
         y = torch.zeros_like(x)
@@ -211,7 +366,6 @@ def measure_grouped(
         return y
 
     def grouped() -> torch.Tensor:
-        order = torch.cat([token for token, _ in groups])
         inputs = x[order]
         entered = torch.nn.functional.silu(
             torch._grouped_mm(inputs, dense["gate"].transpose(1, 2), offs=ends)
@@ -219,20 +373,99 @@ def measure_grouped(
         entered = entered * torch._grouped_mm(inputs, dense["up"].transpose(1, 2), offs=ends)
         return torch._grouped_mm(entered, dense["down"].transpose(1, 2), offs=ends)
 
-    ends = torch.tensor([len(token) for token, _ in groups]).cumsum(0).int().cuda()
-    results = {
-        "ours": measure(
+    order = torch.cat([token for token, _ in groups])
+    ends = torch.tensor([len(token) for token, _ in groups]).cumsum(0).int().to(place.name)
+    results: dict[str, Any] = {
+        "ours": place.measure(
             [lambda h=h: torch.ops.qmoe.experts(h, x, chosen, shares, "silu") for h in handles], replays
         ),
-        "bf16, an expert at a time": measure([peer] * 2, replays),
-        "store_bytes": len(store),
+        "bf16, an expert at a time": place.measure([peer] * 2, replays),
+        "store_bytes": layers[0].store.nbytes,
+        "experts_hit": sum(len(token) > 0 for token, _ in groups),
     }
-    if hasattr(torch, "_grouped_mm"):
-        results["bf16, grouped"] = measure([grouped] * 4, replays)
+    try:
+        results["bf16, grouped"] = place.measure([grouped] * 4, replays)
+    except (AttributeError, RuntimeError) as error:  # a private function of torch's
+        results["no grouped bf16"] = str(error)[:300]
     return results
 
 
-def measure_qmoe(path: Path, replays: int) -> dict[str, Any]:
+# ---- compiling ahead ---------------------------------------------------------------------------------------
+
+Kernel = tuple[str, tuple[tuple[str, int], ...], str]  # file, definitions, name
+
+
+class Listing:
+    """A device that runs nothing, and says which kernels it was asked for."""
+
+    def __init__(self, multiprocessors: int, shared_limit: int) -> None:
+        self.multiprocessors, self.shared_limit = multiprocessors, shared_limit
+        self.kernels: set[Kernel] = set()
+
+    def launch(self, file: str, definitions: Mapping[str, int], kernel: str, *_: Any) -> None:
+        self.kernels.add((file, tuple(sorted(definitions.items())), kernel))
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return np.empty(shape, dtype)
+
+    def upload(self, array: np.ndarray) -> Any:
+        return array
+
+
+def _compile(kernel: Kernel, shared_limit: int) -> str | None:
+    from qmoe_gpu_decode import device
+
+    try:
+        device._function(0, *kernel, shared_limit)
+    except Exception as error:  # noqa: BLE001
+        return f"{kernel}: {error}"[:2000]
+    return None
+
+
+def compile_ahead(kernels: Sequence[Kernel], shared_limit: int, jobs: int) -> list[str]:
+    """Compile with some processes at once, into CuPy's cache on disk; what went wrong."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(jobs, max(1, len(kernels)))) as pool:
+        found = pool.starmap(_compile, [(kernel, shared_limit) for kernel in sorted(kernels)], chunksize=1)
+    return [fault for fault in found if fault]
+
+
+def kernels_of(place: OnGpu | OnHost, options: argparse.Namespace) -> set[Kernel]:
+    """Those that the benchmark will ask for."""
+    from qmoe_codec import build_dictionary, encode
+    from qmoe_gpu_decode.experts import launch_experts
+    from qmoe_gpu_decode.matrices import PackedMatrices
+    from qmoe_gpu_decode.products import launch_decode, launch_matmul
+
+    listing = Listing(place.device.multiprocessors, place.device.shared_limit)
+    dictionary = build_dictionary(P_ZERO, options.bits)
+    dictionaries = {dictionary.dictionary_id: dictionary}
+    nothing = np.zeros(1, np.uint16)
+    for _, columns in options.shapes:
+        trits, levels = np.zeros((64, columns), np.int8), np.tile(np.float32([-1, 1]), (64, 1))
+        trits[:, :: max(1, columns // 8)] = 1
+        packed = PackedMatrices([encode(trits, levels, dictionary)], dictionaries, listing)
+        for tokens in (1, 8, 32):
+            launch_matmul(packed, nothing, nothing, tokens, ("bfloat16", "bfloat16"))
+        launch_decode(packed, nothing, "bfloat16")
+    here = argparse.Namespace(device=listing, l2_bytes=1, name="cpu")
+    if not options.no_grouped:
+        (layer, *_) = packed_layers(here, SIDES, 2, options.bits)  # type: ignore[arg-type]
+        for tokens, choices in GROUPED:
+            layer.experts = GROUPED_EXPERTS
+            launch_experts(
+                layer,
+                *[nothing] * 4,
+                tokens,
+                choices,
+                "silu",
+                ("bfloat16", "int64", "float32"),
+                allocate=listing.empty,
+            )
+    return listing.kernels  # encode.cu asks the device for a size, so it compiles when it is used
+
+
+def measure_qmoe(place: OnGpu | OnHost, path: Path, replays: int) -> dict[str, Any]:
     """The QMoE authors' kernel: PATH is a Python file with ``prepare(rows, columns, copies)``.
 
     It builds their extension from their checkout and returns a list of functions without arguments, one
@@ -244,8 +477,8 @@ def measure_qmoe(path: Path, replays: int) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return {
-        f"{rows}x{columns}": measure(
-            module.prepare(rows, columns, copies(rows * columns // 10, 50 << 20)), replays
+        f"{rows}x{columns}": place.measure(
+            module.prepare(rows, columns, copies(rows * columns // 10, place.l2_bytes)), replays
         )
         for rows, columns in SHAPES[:6]
     }
@@ -286,29 +519,6 @@ def chart(results: dict[str, Any], out: Path) -> None:
     pyplot.close(figure)
 
 
-def describe_device() -> dict[str, Any]:
-    """The GPU, and its two ceilings: bandwidth as measured by a copy, issue as its clock and size give it."""
-    import cupy
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copied = measure([lambda: target.copy_(source)], 20)
-    clock = cupy.cuda.runtime.getDeviceProperties(0)["clockRate"] * 1000
-    return {
-        "name": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "bytes_per_second": 2e6 * source.numel() / copied["median_us"],
-        "lane_instructions_per_second": 4 * 32 * properties.multi_processor_count * clock,
-        "torch": torch.__version__,
-        "cupy": cupy.__version__,
-        "cuda": torch.version.cuda,
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-    }
-
-
 def parse_shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     return int(rows), int(columns)
@@ -334,6 +544,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"{name:28} {cell['ours']['median_us']:9.2f} us {best / cell['ours']['median_us']:6.2f}x bf16"
         )
+    lines += [f"WRONG     {fault}" for fault in results.get("errors", [])]
+    lines += [f"LEFT OUT  {cell}" for cell in results.get("left_out", [])]
     return "\n".join(lines)
 
 
@@ -349,47 +561,136 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(8, 10, 12), default=10, help="of the dictionary")
     parser.add_argument("--qmoe", type=Path, help="a Python file that prepares the QMoE authors' kernel")
     parser.add_argument("--no-grouped", action="store_true")
+    parser.add_argument("--experts", type=int, default=GROUPED_EXPERTS, help="of the grouped layer")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="compile with so many")
+    parser.add_argument("--large", type=int, default=4096, help="tokens of the large batch")
+    parser.add_argument("--host", action="store_true", help="try this file without a GPU")
     found = parser.parse_args(given)
     if found.chart and not found.plot:
         parser.error("--chart needs --plot")
     return found
 
 
-def main() -> None:
-    options = arguments()
+Cell = tuple[str, str, Callable[[], dict[str, Any]]]  # of which part of the results, under which name
+
+
+def cells(place: OnGpu | OnHost, options: argparse.Namespace) -> Iterator[Cell]:
+    """What is measured, in the order of what matters most."""
+    problems: dict[tuple[int, int], Problem] = {}
+    layers: list[Any] = []
+    replays = options.replays
+
+    def problem(shape: tuple[int, int]) -> Problem:
+        if shape not in problems:
+            problems[shape] = Problem.make(place, shape, options.bits)
+        return problems[shape]
+
+    def grouped(tokens: int, choices: int) -> dict[str, Any]:
+        if not layers:
+            layers.extend(
+                packed_layers(place, SIDES if not options.host else (96, 64), options.experts, options.bits)
+            )
+        return measure_grouped(place, layers, tokens, choices, replays)
+
+    for tokens in (1, 8):
+        for shape in options.shapes:
+            yield (
+                "{}x{}".format(*shape),
+                f"{tokens} tokens",
+                lambda shape=shape, tokens=tokens: measure_product(place, problem(shape), tokens, replays),
+            )
+    if not options.no_grouped:
+        for tokens, choices in GROUPED:
+            yield (
+                "grouped",
+                f"{tokens} tokens, top {choices} of {options.experts}",
+                lambda tokens=tokens, choices=choices: grouped(tokens, choices),
+            )
+    for tokens in (options.large, 32):
+        for shape in options.shapes:
+            yield (
+                "{}x{}".format(*shape),
+                f"{tokens} tokens",
+                lambda shape=shape, tokens=tokens: measure_product(
+                    place, problem(shape), tokens, min(replays, 20)
+                ),
+            )
+        if tokens != 32:
+            for name, function in (("decode to bf16", measure_decode), ("encode", measure_encode)):
+                for shape in options.shapes:
+                    yield (
+                        "{}x{}".format(*shape),
+                        name,
+                        lambda shape=shape, function=function: function(place, problem(shape), replays),
+                    )
+    if options.qmoe:
+        yield "qmoe", "1 tokens", lambda: measure_qmoe(place, options.qmoe, replays)
+
+
+def run_cells(todo: Iterator[Cell], results: dict[str, Any], seconds: float, save: Callable[[], None]) -> int:
+    """Measure one cell after the other and save after each; how many went wrong."""
+    begin, wrong = time.monotonic(), 0
+    for part, name, function in todo:
+        if time.monotonic() - begin > seconds:
+            results.setdefault("left_out", []).append(f"{part}: {name}")
+            continue
+        try:
+            cell = function()
+        except Exception as error:  # noqa: BLE001 - the other cells may still be had
+            traceback.print_exc()
+            results.setdefault("errors", []).append(f"{part}: {name}: {error!r}"[:2000])
+            wrong += 1
+        else:
+            cell["at_seconds"] = round(time.monotonic() - begin, 1)
+            where = results if part in ("grouped", "qmoe") else results["shapes"]
+            where.setdefault(part, {})[name] = cell
+            print(f"{cell['at_seconds']:6.1f} s  {part} {name}", file=sys.stderr, flush=True)
+        save()
+    return wrong
+
+
+def write_json(path: Path | None, results: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    if path:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        partial.replace(path)
+
+
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
     if options.chart:
         chart(json.loads(options.chart.read_text("utf-8")), options.plot)
-        return
+        return 0
     import torch
 
-    if not torch.cuda.is_available():
+    if not options.host and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: torch finds no GPU")
-    device = describe_device()
+    place = OnHost() if options.host else OnGpu()
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "p_zero": P_ZERO,
-        "device": device,
+        "bits": options.bits,
+        "device": place.describe(),
         "shapes": {},
     }
-    for rows, columns in options.shapes:
-        results["shapes"][f"{rows}x{columns}"] = measure_shape(
-            (rows, columns), device["l2_bytes"], options.replays, options.bits
-        )
-    if not options.no_grouped:
-        results["grouped"] = {
-            f"{tokens} tokens, top {choices} of {GROUPED_EXPERTS}": measure_grouped(
-                tokens, choices, 2048, 768, options.replays, options.bits
-            )
-            for tokens, choices in GROUPED
-        }
-    if options.qmoe:
-        results["qmoe"] = measure_qmoe(options.qmoe, options.replays)
+    if not options.host:
+        begin = time.monotonic()
+        faults = compile_ahead(list(kernels_of(place, options)), place.device.shared_limit, options.jobs)
+        results["compile_seconds"] = round(time.monotonic() - begin, 1)
+        if faults:
+            results["compile_faults"] = faults
+            print("\n".join(faults), file=sys.stderr)
+    wrong = run_cells(
+        cells(place, options), results, options.seconds, lambda: write_json(options.json, results)
+    )
+    write_json(options.json, results)
     print(table(results))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     if options.plot:
         chart(results, options.plot)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

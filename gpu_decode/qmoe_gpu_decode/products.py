@@ -57,7 +57,7 @@ class Tuning:
 
     @property
     def list_bytes(self) -> int:
-        """Of a warp's lists of non-zeros: walk.cuh, STEP_NONZEROS."""
+        """Of a warp's list of non-zeros: walk.cuh, STEP_NONZEROS."""
         return 4 * 32 * 3 * self.share
 
 

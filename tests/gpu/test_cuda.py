@@ -3,6 +3,7 @@
 python -m pytest tests/gpu
 """
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -34,6 +35,8 @@ from test_gpu_torch import gpt_oss_layer, gpt_oss_module
 if not torch.cuda.is_available():
     pytest.skip("NOT TESTED ON A GPU: torch finds none", allow_module_level=True)
 cupy = pytest.importorskip("cupy", reason="NOT TESTED ON A GPU: cupy is not installed")
+if os.environ.get("QMOE_EXACT_BUFFERS"):
+    cupy.cuda.set_allocator(None)  # for a memory checker: no array is a part of a larger one
 
 LARGE_SHAPES = [*SHAPES, (768, 3072), (6144, 2080), (257, 40000)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,12 +1,12 @@
 // A packed row times a tile of tokens, by one warp. The row is never unpacked.
 //
-// An output is high * (sum of x where the row has +1) + low * (sum of x where it has -1): the two levels are applied
-// once a row. x lies in shared memory as [column][token], in its own dtype, with zeros for NO_POSITION + 1 columns
+// x lies in shared memory as [column][token], in its own dtype, with zeros for NO_POSITION + 1 columns
 // behind the last, so that a phrase that reaches past the row's end adds nothing; no address needs a check of its own.
 //
-// One token: each lane gathers the x of its own phrases' non-zeros into two accumulators.
-// More: the non-zeros of a step become two lists of columns in shared memory, +1 from its front, -1 from its back;
-// then the lanes share the lists out, each loading 16 bytes of x (up to eight tokens) for a non-zero.
+// One token: each lane gathers the x of its own phrases' non-zeros into two accumulators, by sign; the two levels are
+// applied once a row.
+// More: the non-zeros of a step become a list of columns in shared memory, with the sign on top; then the lanes share it
+// out, each loading 16 bytes of x (up to eight tokens) for a non-zero.
 //
 // -DX_KIND: dtype of x: 0 float32, 1 bfloat16, 2 float16
 // -DX_SHARED=0: x does not fit into shared memory and is read where it lies, through the caches
@@ -17,6 +17,7 @@ constexpr u32 X_SIZE = kind_size(X_KIND);
 constexpr u32 X_ROOM = NO_POSITION + 1; // columns of zeros behind the last
 
 constexpr u32 LIST_BYTES = 4 * STEP_NONZEROS; // of a warp, for more than one token
+constexpr u32 NEGATIVE = 1u << 31;            // of an entry; columns are at most 2^24 + 127
 
 // The tokens of a tile: number `t` is row tokens[t] of x [..., columns]; those not there have number NO_TOKEN.
 constexpr u32 NO_TOKEN = 0xffffffffu;
@@ -242,13 +243,14 @@ template <u32 TILE> struct Multiplication {
                                          const Tile &tile, SharedAt list, u32 lane) {
         using S = Shape<TILE>;
         const u32 part = lane % S::PARTS, group = lane / S::PARTS;
-        float low[S::EACH], high[S::EACH];
+        const Levels levels = row_levels(matrix, row);
+        float sums[S::EACH];
 #pragma unroll
         for (u32 t = 0; t < S::EACH; t++) {
-            low[t] = high[t] = 0.0f;
+            sums[t] = 0.0f;
         }
-        auto add_lists = [&](const u32(&words)[SHARE], u32 share, u32 column) {
-            u32 counts = 0; // of +1, and of -1 times 2^16
+        auto add_list = [&](const u32(&words)[SHARE], u32 share, u32 column) {
+            u32 count = 0;
 #pragma unroll
             for (u32 k = 0; k < SHARE; k++) {
                 if (NO_MORE(k)) {
@@ -256,14 +258,11 @@ template <u32 TILE> struct Multiplication {
                 }
 #pragma unroll
                 for (u32 n = 0; n < NONZEROS; n++) {
-                    counts += word_position(words[k], n) != NO_POSITION ? 1 : 0;
+                    count += word_position(words[k], n) != NO_POSITION ? 1 : 0;
                 }
-                counts += (u32)__popc(words[k] >> SIGNS) * 0xffff;
             }
-            u32 ends = warp_scan(counts, lane), starts = ends - counts;
-            u32 totals = __shfl_sync(ALL_LANES, ends, WARP - 1);
-            // As bytes of the list.
-            u32 next_high = 4 * (starts & 0xffff), next_low = 4 * (STEP_NONZEROS - 1 - (starts >> 16));
+            const u32 end = warp_scan(count, lane), total = __shfl_sync(ALL_LANES, end, WARP - 1);
+            SharedAt next = list + 4 * (end - count);
 #pragma unroll
             for (u32 k = 0; k < SHARE; k++) {
                 if (NO_MORE(k)) {
@@ -272,42 +271,28 @@ template <u32 TILE> struct Multiplication {
                 const u32 start = smaller(column, tile.columns);
 #pragma unroll
                 for (u32 n = 0; n < NONZEROS; n++) {
-                    const u32 position = word_position(words[k], n), up = position != NO_POSITION ? 4 : 0;
-                    const bool negative = word_negative(words[k], n); // then it is present
-                    shared_store_if(list + (negative ? next_low : next_high), position, NO_POSITION, start + position);
-                    next_low -= negative ? 4 : 0;
-                    next_high += negative ? 0 : up;
+                    const u32 position = word_position(words[k], n), sign = words[k] << (31 - SIGNS - n) & NEGATIVE;
+                    shared_store_if(next, position, NO_POSITION, (start + position) | sign);
+                    next += position != NO_POSITION ? 4 : 0;
                 }
                 column += word_length(words[k]);
             }
             __syncwarp();
-            const u32 highs = totals & 0xffff, lows = totals >> 16;
-            for (u32 i = group; i < highs; i += S::GROUPS) {
+            for (u32 i = group; i < total; i += S::GROUPS) {
+                const u32 entry = shared_load_now(list + 4 * i);
+                const float weight = entry & NEGATIVE ? levels.low : levels.high;
                 float values[S::EACH];
-                load_tokens<TILE>(tile, shared_load_now(list + 4 * i), part, values);
+                load_tokens<TILE>(tile, entry & ~NEGATIVE, part, values);
 #pragma unroll
                 for (u32 t = 0; t < S::EACH; t++) {
-                    high[t] += values[t];
-                }
-            }
-            for (u32 i = group; i < lows; i += S::GROUPS) {
-                float values[S::EACH];
-                load_tokens<TILE>(tile, shared_load_now(list + 4 * (STEP_NONZEROS - 1 - i)), part, values);
-#pragma unroll
-                for (u32 t = 0; t < S::EACH; t++) {
-                    low[t] += values[t];
+                    sums[t] += weight * values[t];
                 }
             }
             __syncwarp();
         };
-        walk_row(matrix, row, asked, tables, lane, add_lists);
-        Levels levels = row_levels(matrix, row);
-#pragma unroll
-        for (u32 t = 0; t < S::EACH; t++) {
-            high[t] = levels.high * high[t] + levels.low * low[t];
-        }
+        walk_row(matrix, row, asked, tables, lane, add_list);
         u32 kept;
-        float value = spread_sum<S::EACH, S::PARTS>(high, lane, kept);
+        float value = spread_sum<S::EACH, S::PARTS>(sums, lane, kept);
         // Of the lanes of a part, EACH have a token each; the bits below those that chose it are zero in one of them.
         constexpr u32 REST = S::GROUPS / S::EACH;
         return {value, part * S::EACH + kept, group % REST == 0};
