@@ -126,15 +126,6 @@ void qmoe_decode_raw(const qmoe_matrix *matrix, uint64_t first, uint32_t count, 
     }
 }
 
-codeword_source qmoe_row_source(const qmoe_matrix *matrix, const row_codewords *row) {
-    const frame_layout *layout = &matrix->layout;
-    return (codeword_source){.array = matrix->frame + layout->codewords_start,
-                             .limit = matrix->frame + layout->frame_size,
-                             .first = row->first,
-                             .bits = layout->bits,
-                             .threshold = row->dictionary->info.threshold};
-}
-
 void qmoe_decode_rows(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, decoded_row *use,
                       void *context, int8_t *scratch) {
     const qmoe_kernels *kernels = qmoe_chosen_kernels();

@@ -309,11 +309,15 @@ uint32_t qmoe_matrix_rows(const qmoe_matrix *matrix) { return matrix->layout.row
 
 uint32_t qmoe_matrix_columns(const qmoe_matrix *matrix) { return matrix->layout.columns; }
 
+/* (16 + low four bits) * 2^(high four bits + level_exponent - 4), which is always a normal number (spec 4.1). */
 static float e4m4(uint8_t byte, int level_exponent) {
-    return byte ? ldexpf((float)(16 + byte % 16), byte / 16 + level_exponent - 4) : 0.0f;
+    uint32_t bits = byte ? (uint32_t)(127 + byte / 16 + level_exponent) << 23 | (uint32_t)(byte % 16) << 19 : 0;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-void qmoe_row_levels(const qmoe_matrix *matrix, uint32_t row, float levels[2]) {
+static inline void row_levels(const qmoe_matrix *matrix, uint32_t row, float levels[2]) {
     uint32_t format = matrix->layout.level_format;
     const uint8_t *bytes = matrix->frame + FRAME_HEADER_SIZE + (size_t)row * qmoe_level_size(format);
     switch (format) {
@@ -334,9 +338,17 @@ void qmoe_row_levels(const qmoe_matrix *matrix, uint32_t row, float levels[2]) {
     }
 }
 
+void qmoe_row_levels(const qmoe_matrix *matrix, uint32_t row, float levels[2]) { row_levels(matrix, row, levels); }
+
+void qmoe_rows_levels(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, float (*levels)[2]) {
+    for (uint32_t i = 0; i < row_count; i++) {
+        row_levels(matrix, first_row + i, levels[i]);
+    }
+}
+
 void qmoe_matrix_levels(const qmoe_matrix *matrix, float *levels) {
     for (uint32_t row = 0; row < matrix->layout.rows; row++) {
-        qmoe_row_levels(matrix, row, levels + 2 * (size_t)row);
+        row_levels(matrix, row, levels + 2 * (size_t)row);
     }
 }
 
@@ -352,7 +364,7 @@ row_cursor qmoe_rows_from(const qmoe_matrix *matrix, uint32_t row) {
     return cursor;
 }
 
-row_codewords qmoe_next_row(row_cursor *cursor) {
+static inline row_codewords next_row(row_cursor *cursor) {
     const qmoe_matrix *matrix = cursor->matrix;
     const frame_layout *layout = &matrix->layout;
     uint32_t selector = packed_narrow(matrix->frame, layout->selectors_start, layout->row_index_end, cursor->row,
@@ -368,3 +380,27 @@ row_codewords qmoe_next_row(row_cursor *cursor) {
     cursor->row++;
     return row;
 }
+
+static inline codeword_source row_source(const qmoe_matrix *matrix, const row_codewords *row) {
+    const frame_layout *layout = &matrix->layout;
+    return (codeword_source){.array = matrix->frame + layout->codewords_start,
+                             .limit = matrix->frame + layout->frame_size,
+                             .first = row->first,
+                             .bits = layout->bits,
+                             .threshold = row->dictionary->info.threshold};
+}
+
+void qmoe_row_sources(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, codeword_source *sources,
+                      uint32_t *counts, const phrase_tables **phrases) {
+    row_cursor cursor = qmoe_rows_from(matrix, first_row);
+    for (uint32_t i = 0; i < row_count; i++) {
+        const row_codewords row = next_row(&cursor);
+        sources[i] = row_source(matrix, &row);
+        counts[i] = row.count;
+        phrases[i] = matrix->phrases[row.dictionary_number];
+    }
+}
+
+row_codewords qmoe_next_row(row_cursor *cursor) { return next_row(cursor); }
+
+codeword_source qmoe_row_source(const qmoe_matrix *matrix, const row_codewords *row) { return row_source(matrix, row); }

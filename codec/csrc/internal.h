@@ -133,8 +133,9 @@ struct qmoe_matrix {
 
 /* Bytes of a row's two levels. */
 uint32_t qmoe_level_size(uint32_t level_format);
-/* Levels of one row: low, high. */
+/* Levels of one row, and of several: low, high. */
 void qmoe_row_levels(const qmoe_matrix *matrix, uint32_t row, float levels[2]);
+void qmoe_rows_levels(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, float (*levels)[2]);
 
 /* Element of a packed array; needs 8 readable bytes at its first byte, as codewords have (spec 4.2). */
 static inline uint32_t packed_wide(const uint8_t *array, uint64_t index, uint32_t width) {
@@ -168,6 +169,10 @@ void qmoe_decode_raw(const qmoe_matrix *matrix, uint64_t first, uint32_t count, 
 
 /* A row's codewords in the form that the kernels take. */
 codeword_source qmoe_row_source(const qmoe_matrix *matrix, const row_codewords *codewords);
+
+/* The same of several rows, with their numbers of codewords and their dictionaries' tables. */
+void qmoe_row_sources(const qmoe_matrix *matrix, uint32_t first_row, uint32_t row_count, codeword_source *sources,
+                      uint32_t *counts, const phrase_tables **phrases);
 
 /* Decode rows one after the other into `scratch` [columns + SLACK], and give each to `use`. */
 typedef void decoded_row(void *context, const qmoe_matrix *matrix, uint32_t row, const int8_t *trits);

@@ -18,11 +18,13 @@ enum {
     SLACK = 128,
     /* Rows of up to this many columns have positions in 16 bits. */
     LIST_COLUMNS = 65536 - SLACK,
-    /* Rows that rows_sum takes at a time, and phrases of each until it asks whether the row is at its end. */
+    /* Rows that are walked side by side, and phrases of each until one asks whether the row is at its end. */
     TOGETHER = 4,
     UNCHECKED = 4,
-    /* Columns that it may reach past the end: a phrase, those that it did not ask about, and the last's non-zeros. */
+    /* Columns that a walk may reach past the end: a phrase, those not asked about, and the last's non-zeros. */
     SUM_SLACK = (UNCHECKED + 2) * SLACK,
+    /* Rows of up to this many columns can have x in pairs: so places have 16 bits. */
+    PAIR_COLUMNS = 14000,
     /* Tokens that list_sum takes at a time. */
     TOKEN_BLOCK = 16
 };
@@ -49,9 +51,13 @@ typedef struct {
     /* Trits of a row from `count` codewords into row[0 … columns + SLACK); what follows the phrases is zeroed. */
     void (*decode_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                        int8_t *row);
-    /* Sums of x over the -1 and the +1 of up to TOGETHER rows. x: columns + SUM_SLACK triples. */
+    /* Sums of x over the -1 and the +1 of rows. x: columns + SUM_SLACK triples. */
     void (*rows_sum)(unsigned rows, const codeword_source *sources, const uint32_t *counts,
-                     const phrase_tables *const *phrases, uint32_t columns, const float *triples, float (*sums)[2]);
+                     const phrase_tables *const *phrases, uint32_t columns, const float *x, float (*sums)[2]);
+    /* The same faster, or NULL, for codewords of less than 16 bits, no crowded phrases, and up to PAIR_COLUMNS columns.
+     * x: a pair of zeros and columns + SUM_SLACK pairs. */
+    void (*rows_sum_pairs)(unsigned rows, const codeword_source *sources, const uint32_t *counts,
+                           const phrase_tables *const *phrases, uint32_t columns, const float *x, float (*sums)[2]);
     /* Lists of the row's non-zeros. */
     void (*list_row)(const codeword_source *source, uint32_t count, const phrase_tables *phrases, uint32_t columns,
                      row_lists *lists);

@@ -534,15 +534,26 @@ static inline void sum_rows(unsigned rows, const codeword_source *sources, const
 }
 
 static void rows_sum(unsigned rows, const codeword_source *sources, const uint32_t *counts,
-                     const phrase_tables *const *phrases, uint32_t columns, const float *triples, float (*sums)[2]) {
-    if (rows == TOGETHER && phrases[0] == phrases[1] && phrases[0] == phrases[2] && phrases[0] == phrases[3]) {
-        sum_rows(TOGETHER, sources, counts, phrases[0], columns, triples, sums);
-        return;
+                     const phrase_tables *const *phrases, uint32_t columns, const float *x, float (*sums)[2]) {
+    unsigned row = 0;
+    for (; row + TOGETHER <= rows; row += TOGETHER) {
+        const phrase_tables *const *own = phrases + row;
+        if (own[0] != own[1] || own[0] != own[2] || own[0] != own[3]) {
+            for (unsigned k = row; k < row + TOGETHER; k++) {
+                sum_rows(1, sources + k, counts + k, phrases[k], columns, x, sums + k);
+            }
+        } else {
+            sum_rows(TOGETHER, sources + row, counts + row, own[0], columns, x, sums + row);
+        }
     }
-    for (unsigned row = 0; row < rows; row++) {
-        sum_rows(1, sources + row, counts + row, phrases[row], columns, triples, sums + row);
+    for (; row < rows; row++) {
+        sum_rows(1, sources + row, counts + row, phrases[row], columns, x, sums + row);
     }
 }
+
+#if defined(__AVX512VBMI2__)
+#include "token_vbmi.h"
+#endif
 
 /* ---- many tokens ---- */
 
@@ -708,6 +719,9 @@ const qmoe_kernels KERNELS = {
     .measure_rows = measure_rows,
     .decode_row = decode_row,
     .rows_sum = rows_sum,
+#if defined(__AVX512VBMI2__)
+    .rows_sum_pairs = rows_sum_pairs,
+#endif
     .list_row = list_row,
     .list_trits = list_trits,
     .list_sum = list_sum,

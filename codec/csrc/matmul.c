@@ -2,7 +2,7 @@
  * Multiplication with packed matrices: y = x W^T, a row of W at a time, the weights never unpacked.
  *
  * An output is high * (sum of x where the row has +1) + low * (sum of x where it has -1): one addition per non-zero
- * weight and two multiplications per row. One token adds straight along the phrases; for more, each row becomes two
+ * weight and two multiplications per row. One token adds along the phrases; for more, each row becomes two
  * lists of columns, which then serve all tokens, up to sixteen at a time.
  *
  * Work comes in groups, each some tokens for one matrix, as the experts of a layer get them. Groups are cut into
@@ -43,16 +43,26 @@ static size_t dtype_size(int dtype) { return dtype == QMOE_FLOAT32 ? 4 : 2; }
 /* Narrowest vector for this many tokens. */
 static unsigned block_width(size_t tokens) { return tokens <= 4 ? 4 : tokens <= 8 ? 8 : TOKEN_BLOCK; }
 
-/* One token of a coded matrix is multiplied straight along the phrases. */
-static bool takes_triples(const piece *work) {
+/* One token of a coded matrix is multiplied along the phrases. */
+static bool is_single(const piece *work) {
     return work->tokens == 1 && work->matrix->layout.codec == CODEC_DICTIONARY;
 }
 
+/* Whether its x then lies in pairs, not in triples. */
+static bool takes_pairs(const qmoe_kernels *kernels, const qmoe_matrix *matrix) {
+    bool crowded = false;
+    for (uint32_t i = 0; i < matrix->layout.dictionary_count; i++) {
+        crowded |= matrix->phrases[i]->crowded;
+    }
+    return kernels->rows_sum_pairs && matrix->layout.bits < 16 && matrix->layout.columns <= PAIR_COLUMNS && !crowded;
+}
+
 /* Floats that a piece's x takes in the kernels' layout. */
-static size_t packed_floats(const piece *work) {
+static size_t packed_floats(const qmoe_kernels *kernels, const piece *work) {
     size_t columns = work->matrix->layout.columns;
-    if (takes_triples(work)) {
-        return (size_t)round_up((columns + SUM_SLACK) * TRIPLE, TOKEN_BLOCK);
+    if (is_single(work)) {
+        unsigned stride = takes_pairs(kernels, work->matrix) ? PAIR : TRIPLE;
+        return (size_t)round_up((columns + SUM_SLACK + 1) * stride, TOKEN_BLOCK);
     }
     size_t whole = work->tokens / TOKEN_BLOCK, rest = work->tokens % TOKEN_BLOCK;
     size_t floats = (columns + SLACK) * (whole * TOKEN_BLOCK + (rest ? block_width(rest) : 0));
@@ -69,15 +79,15 @@ static float element(const char *x, size_t index, int dtype) {
     return dtype == QMOE_BFLOAT16 ? qmoe_from_bfloat16(bits) : qmoe_from_float16(bits);
 }
 
-static void pack_triples(const piece *work, int dtype) {
+/* x of one token: triples (0, x, 0), or pairs (0, x) after one of zeros. */
+static void pack_single(const qmoe_kernels *kernels, const piece *work, int dtype) {
     size_t columns = work->matrix->layout.columns;
-    float *triples = work->packed;
-    for (size_t column = 0; column < columns; column++, triples += TRIPLE) {
-        triples[0] = 0.0f;
-        triples[1] = element(work->x, column, dtype);
-        triples[2] = 0.0f;
+    bool pairs = takes_pairs(kernels, work->matrix);
+    memset(work->packed, 0, packed_floats(kernels, work) * sizeof *work->packed);
+    float *place = work->packed + (pairs ? PAIR : 0) + 1;
+    for (size_t column = 0; column < columns; column++, place += pairs ? PAIR : TRIPLE) {
+        *place = element(work->x, column, dtype);
     }
-    memset(triples, 0, SUM_SLACK * TRIPLE * sizeof *triples);
 }
 
 static void pack_block(const piece *work, int dtype, size_t first, float *block) {
@@ -100,8 +110,8 @@ static void pack_unit(void *context, unsigned unit, unsigned thread) {
     (void)thread;
     const batch *all = context;
     const piece *work = all->pieces + unit;
-    if (takes_triples(work)) {
-        pack_triples(work, all->dtype);
+    if (is_single(work)) {
+        pack_single(all->kernels, work, all->dtype);
         return;
     }
     float *block = work->packed;
@@ -115,25 +125,16 @@ static void pack_unit(void *context, unsigned unit, unsigned thread) {
 
 static void multiply_token(const qmoe_kernels *kernels, const piece *work, uint32_t first_row, uint32_t row_count) {
     const qmoe_matrix *matrix = work->matrix;
-    row_cursor cursor = qmoe_rows_from(matrix, first_row);
-    for (uint32_t done = 0; done < row_count; done += TOGETHER) {
-        unsigned some = row_count - done < TOGETHER ? row_count - done : TOGETHER;
-        codeword_source sources[TOGETHER];
-        const phrase_tables *phrases[TOGETHER];
-        uint32_t counts[TOGETHER];
-        float sums[TOGETHER][2];
-        for (unsigned i = 0; i < some; i++) {
-            row_codewords codewords = qmoe_next_row(&cursor);
-            sources[i] = qmoe_row_source(matrix, &codewords);
-            phrases[i] = matrix->phrases[codewords.dictionary_number];
-            counts[i] = codewords.count;
-        }
-        kernels->rows_sum(some, sources, counts, phrases, matrix->layout.columns, work->packed, sums);
-        for (unsigned i = 0; i < some; i++) {
-            float levels[2];
-            qmoe_row_levels(matrix, first_row + done + i, levels);
-            work->y[first_row + done + i] = levels[1] * sums[i][1] + levels[0] * sums[i][0];
-        }
+    codeword_source sources[ROWS_PER_UNIT];
+    const phrase_tables *phrases[ROWS_PER_UNIT];
+    uint32_t counts[ROWS_PER_UNIT];
+    float sums[ROWS_PER_UNIT][2], levels[ROWS_PER_UNIT][2];
+    qmoe_row_sources(matrix, first_row, row_count, sources, counts, phrases);
+    (takes_pairs(kernels, matrix) ? kernels->rows_sum_pairs : kernels->rows_sum)(
+        row_count, sources, counts, phrases, matrix->layout.columns, work->packed, sums);
+    qmoe_rows_levels(matrix, first_row, row_count, levels);
+    for (uint32_t row = 0; row < row_count; row++) {
+        work->y[first_row + row] = levels[row][1] * sums[row][1] + levels[row][0] * sums[row][0];
     }
 }
 
@@ -229,7 +230,7 @@ static void multiply_unit(void *context, unsigned unit, unsigned thread) {
     uint32_t first_row = (unit - work->first_unit) * ROWS_PER_UNIT;
     uint32_t row_count = layout->rows - first_row < ROWS_PER_UNIT ? layout->rows - first_row : ROWS_PER_UNIT;
     uint8_t *scratch = all->scratch + thread * all->scratch_size;
-    if (takes_triples(work)) {
+    if (is_single(work)) {
         multiply_token(all->kernels, work, first_row, row_count);
     } else if (layout->columns <= LIST_COLUMNS) {
         multiply_tokens(all->kernels, work, first_row, row_count, scratch);
@@ -244,10 +245,10 @@ static bool run_batch(batch *all, unsigned threads) {
     for (unsigned i = 0; i < all->piece_count; i++) {
         piece *work = all->pieces + i;
         size_t columns = work->matrix->layout.columns;
-        floats += packed_floats(work);
+        floats += packed_floats(all->kernels, work);
         /* Nothing; or two lists for each row of a unit, and a row of trits behind them; or a row of trits alone. */
         size_t needed = (columns + SLACK) * (columns <= LIST_COLUMNS ? (ROWS_PER_UNIT + 1) * 2 * sizeof(uint16_t) : 1);
-        needed = takes_triples(work) ? 0 : needed;
+        needed = is_single(work) ? 0 : needed;
         room = needed > room ? needed : room;
         work->first_unit = all->unit_count;
         all->unit_count += (work->matrix->layout.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
@@ -261,7 +262,7 @@ static bool run_batch(batch *all, unsigned threads) {
         float *next = packed;
         for (unsigned i = 0; i < all->piece_count; i++) {
             all->pieces[i].packed = next;
-            next += packed_floats(all->pieces + i);
+            next += packed_floats(all->kernels, all->pieces + i);
         }
         qmoe_parallel(threads, all->piece_count, pack_unit, all);
         qmoe_parallel(threads, all->unit_count, multiply_unit, all);
@@ -307,7 +308,7 @@ qmoe_status qmoe_grouped_matmul(const qmoe_matrix *const *matrices, const uint64
                             .y = y + token * matrix->layout.rows,
                             .tokens = (size_t)some};
             token += some;
-            bytes += packed_floats(work) * sizeof(float);
+            bytes += packed_floats(all.kernels, work) * sizeof(float);
             if (bytes >= BATCH_BYTES) {
                 enough = run_batch(&all, threads);
                 all.piece_count = 0;
