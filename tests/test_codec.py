@@ -91,7 +91,8 @@ def test_streams_that_no_encoder_makes(dictionary: Dictionary, rows: int, column
     found = decode(frame, DICTIONARIES, backend="c")
     assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
     x = generator.normal(size=(2, columns)).astype(np.float32)
-    assert np.allclose(matmul(x, frame, DICTIONARIES), reference.matmul(x, *expected), atol=1e-4)
+    for some in (x, x[:1]):
+        assert np.allclose(matmul(some, frame, DICTIONARIES), reference.matmul(some, *expected), atol=1e-4)
 
 
 def outcome(frame: bytes, backend: str, *, verify: bool = True) -> object:
@@ -136,7 +137,8 @@ def test_altered_frames(
     outcome(altered, "c", verify=False)
     try:
         matrix_ = Matrix(altered, DICTIONARIES, verify=False)
-        matrix_.matmul(np.ones((3, matrix_.columns), np.float32))
+        for tokens in (1, 3):
+            matrix_.matmul(np.ones((tokens, matrix_.columns), np.float32))
         matrix_.dequantize("bfloat16")
     except FormatError:
         pass
@@ -426,6 +428,35 @@ def test_inputs_of_16_bits_are_taken_as_they_are(tokens: int) -> None:
     brain = (x.view(np.uint32) >> 16).astype(np.uint16)
     widened = (brain.astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(matrix.matmul(brain, dtype="bfloat16"), matrix.matmul(widened))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+@pytest.mark.parametrize("columns", [1, 150, 767, 2500, 14_000, 14_001])
+def test_one_token(bits: int, columns: int) -> None:
+    """Whatever path a row's width, its codewords' and its non-zeros lead to; rows of very different density."""
+    generator = np.random.default_rng(columns)
+    trits = np.concatenate([random_trits((9, columns), p, bits) for p in (0.5, 0.88, 0.99, 1.0)])
+    levels = generator.normal(size=(36, 2)).astype(np.float32)
+    x = generator.normal(size=(1, columns)).astype(np.float32)
+    choices = [dictionary for dictionary in DICTIONARIES.values() if dictionary.bits == bits][:4]
+    for dictionaries in (choices[:1], choices[-1:], choices):
+        selectors = np.arange(len(trits)) % len(dictionaries)
+        matrix = Matrix(encode(trits, levels, dictionaries, selectors=selectors), DICTIONARIES)
+        assert np.allclose(matrix.matmul(x), reference.matmul(x, trits, matrix.levels), atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [3000, 14_000])
+def test_wide_rows_that_change_after_they_were_checked_stay_in_bounds(columns: int) -> None:
+    """Whatever the dictionary: its longest phrases pass every limit of 16 bits."""
+    generator = np.random.default_rng(columns)
+    x = generator.normal(size=(1, columns)).astype(np.float32)
+    trits = random_trits((12, columns), 0.9)
+    for dictionary in DICTIONARIES.values():
+        frame = bytearray(encode(trits, np.ones((12, 2)), dictionary))
+        matrix = Matrix(frame, DICTIONARIES)
+        for _ in range(4):
+            frame[200:] = generator.bytes(len(frame) - 200)
+            assert matrix.matmul(x).shape == (1, 12)
 
 
 def test_rows_too_long_for_short_lists() -> None:
