@@ -4,7 +4,8 @@
 
 Weights are cold: each measurement goes round enough copies to leave the caches. Reported are medians over all
 calls and their quartiles, in 10^9 weights per second (Gw/s). Peers: zstd over five trits a byte, and torch's
-dense products in float32 and bfloat16, all on one thread.
+dense products in float32 and bfloat16, all on one thread. What two threads give torch says what the machine
+has to give.
 """
 
 from __future__ import annotations
@@ -70,6 +71,17 @@ def product(weights: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:
     return lambda: torch.nn.functional.linear(x, weights)
 
 
+def measure_two_threads(dense: list[torch.Tensor], x: torch.Tensor, seconds: float) -> dict[str, Any]:
+    """A dense product of torch with one thread and with two; alone, since its threads watch for more work."""
+    measured = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        name = f"torch {str(x.dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}"
+        measured |= measure({name: [product(weights, x) for weights in dense]}, seconds)
+    torch.set_num_threads(1)
+    return measured
+
+
 def measure_shape(rows: int, columns: int, seconds: float) -> dict[str, Any]:
     """All operations on one shape: {operation: {who: {median, low, high, calls}}}."""
     trits = exact_matrix(rows, columns, P_ZERO, seed=0)
@@ -81,7 +93,12 @@ def measure_shape(rows: int, columns: int, seconds: float) -> dict[str, Any]:
     dense = torch.from_numpy(matrices[0].dequantize("float32"))
     dense32 = [dense.clone() for _ in range(copies(4 * dense.numel()))]
     dense16 = [dense.bfloat16() for _ in range(copies(2 * dense.numel()))]
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {
+        "dictionary": {
+            "bits": dictionary.bits,
+            "bits per weight": 8 * len(frame) / trits.size,
+        }
+    }
 
     packed = five_per_byte(trits)
     best = zstandard.ZstdCompressor(level=19).compress(packed)
@@ -125,6 +142,10 @@ def measure_shape(rows: int, columns: int, seconds: float) -> dict[str, Any]:
             },
             seconds,
         )
+        if tokens != 8:
+            results[f"torch with 2 threads, {tokens} token{'s' * (tokens > 1)}"] = measure_two_threads(
+                dense16, x16, seconds
+            )
     many = [trits.copy() for _ in range(copies(trits.size))]
     fast = zstandard.ZstdCompressor(level=1).compress
     results["encode"] = measure(
@@ -174,6 +195,7 @@ def summarise(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         for shape, measured in results.items():
             one, two = (measured[f"matmul, {tokens}"][who] for who in ("ours", "ours, 2 threads"))
             ratio = one["median"] / two["median"]
+            torch_one, torch_two = measured[f"torch with 2 threads, {tokens}"].values()
             rows, columns = map(int, shape.split("x"))
             lines.append(
                 {
@@ -183,6 +205,7 @@ def summarise(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                     "spread": [rows * columns / two[key] / 1e9 for key in ("high", "low")],
                     "peer": "1 thread",
                     "ratio": ratio,
+                    "torch": torch_one["median"] / torch_two["median"],
                     "reach": 1.8,
                     "aim": "",
                     "reached": ratio >= 1.8,
@@ -231,13 +254,16 @@ def main() -> int:
         results[shape] = measure_shape(rows, columns, arguments.seconds)
     lines = summarise(results)
     machine = f"{processor()}, {qmoe_codec.kernels_name()} kernels, p(0) = {P_ZERO}"
-    print(f"{machine}\n\n{'operation':<30}{'shape':>10}  {'Gw/s':>6}  quartiles     ratio  to reach  peer")
+    bits = ", ".join(f"{shape} {measured['dictionary']['bits']}" for shape, measured in results.items())
+    print(f"{machine}\nbits of the dictionary: {bits}\n")
+    print(f"{'operation':<30}{'shape':>10}  {'Gw/s':>6}  quartiles     ratio  to reach  peer")
     for line in lines:
         spread = "{:5.2f}-{:5.2f}".format(*line["spread"])
         reached = "  " if line["reached"] else "NO"
         print(
             f"{line['operation']:<30}{line['shape']:>10}  {line['gigaweights']:6.2f}  {spread}  "
             f"{line['ratio']:6.2f} x  {line['reach']:.1f} x {reached}   {line['peer']}"
+            + (f" (torch bfloat16: {line['torch']:.2f} x)" if "torch" in line else "")
         )
     if arguments.plot:
         draw(lines, arguments.plot, f"{machine}; dashed: to reach")

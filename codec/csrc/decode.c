@@ -1,8 +1,7 @@
 /* Decoding of rows, to trits and to weights (spec 4.3, 4.4). */
 #include "internal.h"
 #include "parallel.h"
-
-#include <stdlib.h>
+#include "scratch.h"
 
 /* Whether a word's non-zeros lie before `end`, which is counted from the phrase's start. */
 static bool nonzeros_before(uint32_t word, uint32_t end) {
@@ -201,12 +200,12 @@ static qmoe_status decode_all(decoding *work, unsigned threads, qmoe_error *erro
     }
     unsigned units = (work->row_count + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
     threads = threads < units ? threads : units;
-    work->scratch = malloc((threads ? threads : 1) * ((size_t)layout->columns + SLACK));
+    work->scratch = qmoe_scratch(SCRATCH_ROWS, (threads ? threads : 1) * ((size_t)layout->columns + SLACK));
     if (!work->scratch) {
         return qmoe_fail(error, QMOE_MEMORY, "columns", layout->columns, "enough memory");
     }
     qmoe_parallel(threads, units, decode_unit, work);
-    free(work->scratch);
+    qmoe_scratch_done();
     return QMOE_OK;
 }
 

@@ -1,6 +1,7 @@
 /*
  * What the parts of the library share. Layering: common, crc32c, kernels < dictionary, phrases < frame < decode,
- * encode < matmul; file, json < safetensors < container < model, which asks frame and dictionary.
+ * encode < matmul, which ask parallel and scratch; file, json < safetensors < container < model, which asks frame and
+ * dictionary.
  */
 #ifndef QMOE_INTERNAL_H
 #define QMOE_INTERNAL_H

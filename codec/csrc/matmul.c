@@ -10,8 +10,7 @@
  */
 #include "internal.h"
 #include "parallel.h"
-
-#include <stdlib.h>
+#include "scratch.h"
 
 enum {
     ROWS_PER_UNIT = 32,
@@ -255,8 +254,8 @@ static bool run_batch(batch *all, unsigned threads) {
     }
     threads = threads < all->unit_count ? threads : all->unit_count;
     all->scratch_size = (size_t)round_up(room, 64);
-    float *packed = aligned_alloc(64, floats * sizeof *packed); /* so that no vector crosses a line of the cache */
-    all->scratch = malloc((threads ? threads : 1) * all->scratch_size + 1);
+    float *packed = qmoe_scratch(SCRATCH_FLOATS, floats * sizeof *packed);
+    all->scratch = qmoe_scratch(SCRATCH_ROWS, (threads ? threads : 1) * all->scratch_size);
     bool enough = packed && all->scratch;
     if (enough) {
         float *next = packed;
@@ -267,8 +266,6 @@ static bool run_batch(batch *all, unsigned threads) {
         qmoe_parallel(threads, all->piece_count, pack_unit, all);
         qmoe_parallel(threads, all->unit_count, multiply_unit, all);
     }
-    free(packed);
-    free(all->scratch);
     return enough;
 }
 
@@ -294,7 +291,7 @@ qmoe_status qmoe_grouped_matmul(const qmoe_matrix *const *matrices, const uint64
     size_t piece_limit = group_count + (size_t)(tokens / PIECE_TOKENS);
     batch all = {.kernels = qmoe_chosen_kernels(),
                  .dtype = (int)dtype,
-                 .pieces = malloc((piece_limit ? piece_limit : 1) * sizeof(piece))};
+                 .pieces = qmoe_scratch(SCRATCH_PIECES, piece_limit * sizeof(piece))};
     bool enough = all.pieces != NULL;
     uint64_t token = 0;
     size_t bytes = 0;
@@ -319,7 +316,7 @@ qmoe_status qmoe_grouped_matmul(const qmoe_matrix *const *matrices, const uint64
     if (enough && all.piece_count) {
         enough = run_batch(&all, threads);
     }
-    free(all.pieces);
+    qmoe_scratch_done();
     return enough ? QMOE_OK : qmoe_fail(error, QMOE_MEMORY, "x", (int64_t)tokens, "enough memory");
 }
 
