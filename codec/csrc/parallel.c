@@ -1,7 +1,8 @@
 /*
  * The pool. A job has seats for helpers: one that wakes up takes a seat and then units until none are left. When the
  * caller finds none left it takes the free seats away and waits for those who sit, so that a thread that wakes up
- * late holds nobody up. Helpers watch for the next job for a moment before they sleep, since the calls of a
+ * late holds nobody up. Units that follow each other go to one thread, since what they read does, too; a thread that
+ * has done its own, takes the last one of another. Helpers watch for the next job for a moment before they sleep, since the calls of a
  * forward pass follow each other closely.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -21,8 +22,7 @@ static struct {
     unsigned helpers, seats;
     parallel_task task;
     void *context;
-    unsigned units, seated;
-    atomic_uint next;       /* unit */
+    unsigned shares, seated;
     atomic_uint sitting;    /* helpers at work */
     atomic_uint generation; /* of the job; says to those who watch that there is a new one */
 } pool = {
@@ -32,6 +32,29 @@ static struct {
     .finished = PTHREAD_COND_INITIALIZER,
 };
 
+/* Units that are left of each thread's share: the first in the low half, the one behind the last in the high half. */
+static struct {
+    _Alignas(64) _Atomic(uint64_t) left; /* on a line of its own */
+} shares[MAXIMUM_THREADS];
+
+static uint64_t units_from(uint64_t first, uint64_t end) { return end << 32 | first; }
+
+/* Takes a share's first unit, or its last. False if none is left. */
+static bool take_unit(unsigned share, bool last, unsigned *unit) {
+    uint64_t left = atomic_load(&shares[share].left);
+    for (;;) {
+        uint64_t first = (uint32_t)left, end = left >> 32;
+        if (first == end) {
+            return false;
+        }
+        uint64_t rest = last ? units_from(first, end - 1) : units_from(first + 1, end);
+        if (atomic_compare_exchange_weak(&shares[share].left, &left, rest)) {
+            *unit = (unsigned)(last ? end - 1 : first);
+            return true;
+        }
+    }
+}
+
 static void pause_briefly(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -39,12 +62,11 @@ static void pause_briefly(void) {
 }
 
 static void take_units(unsigned thread) {
-    for (;;) {
-        unsigned unit = atomic_fetch_add(&pool.next, 1);
-        if (unit >= pool.units) {
-            return;
+    for (unsigned turn = 0; turn < pool.shares; turn++) {
+        unsigned unit;
+        while (take_unit((thread + turn) % pool.shares, turn != 0, &unit)) {
+            pool.task(pool.context, unit, thread);
         }
-        pool.task(pool.context, unit, thread);
     }
 }
 
@@ -116,9 +138,12 @@ void qmoe_parallel(unsigned threads, unsigned units, parallel_task task, void *c
     pthread_mutex_lock(&pool.lock);
     pool.task = task;
     pool.context = context;
-    pool.units = units;
+    pool.shares = threads;
     pool.seated = 0;
-    atomic_store(&pool.next, 0);
+    for (unsigned share = 0; share < threads; share++) {
+        uint64_t first = (uint64_t)units * share / threads, end = (uint64_t)units * (share + 1) / threads;
+        atomic_store(&shares[share].left, units_from(first, end));
+    }
     pool.seats = have_helpers(threads - 1);
     atomic_fetch_add(&pool.generation, 1);
     pthread_cond_broadcast(&pool.posted);

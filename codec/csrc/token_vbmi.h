@@ -177,7 +177,7 @@ static inline void sum_listed(unsigned rows, const codeword_source *sources, con
     for (uint32_t done = 0; done < most; done += size) {
         for (unsigned row = 0; row < rows; row++) {
             uint32_t left = counts[row] > done ? counts[row] - done : 0;
-            /* A damaged row that has left x is over; no part can come round to its beginning again. */
+            /* A damaged row that has left x is over: so no part comes round to its beginning again. */
             left = places[row] <= limit ? left : 0;
             second[row] = indices_of_part(sources + row, sources[row].first + done, left < size ? left : size, size,
                                           starts, second[row], (uint16_t)phrases[row]->entries, indices[row]);
@@ -187,9 +187,10 @@ static inline void sum_listed(unsigned rows, const codeword_source *sources, con
                                       added + row);
         }
         for (unsigned row = 0; row < rows; row++) {
-            if (places[row] <= limit) {
-                added[row] = _mm_add_ps(added[row], sum_places(lists[row], size / STEP, x));
+            for (uint32_t i = 0; __builtin_expect(places[row] > limit, 0) && i < size / STEP * ROOM; i++) {
+                lists[row][i] = lists[row][i] <= limit ? lists[row][i] : 0; /* of a damaged row, what has left x */
             }
+            added[row] = _mm_add_ps(added[row], sum_places(lists[row], size / STEP, x));
         }
     }
     for (unsigned row = 0; row < rows; row++) {
