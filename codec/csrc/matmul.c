@@ -14,7 +14,6 @@
 
 enum {
     ROWS_PER_UNIT = 32,
-    SINGLE_ROWS_PER_UNIT = 16,
     PIECE_TOKENS = 256,
     /* Pieces are taken together until their copies of x take this much. */
     BATCH_BYTES = 16 << 20
@@ -47,9 +46,6 @@ static unsigned block_width(size_t tokens) { return tokens <= 4 ? 4 : tokens <= 
 static bool is_single(const piece *work) {
     return work->tokens == 1 && work->matrix->layout.codec == CODEC_DICTIONARY;
 }
-
-/* Rows that a thread takes at a time: few, where they take no longer than it takes to wait for the other threads. */
-static uint32_t rows_per_unit(const piece *work) { return is_single(work) ? SINGLE_ROWS_PER_UNIT : ROWS_PER_UNIT; }
 
 /* Whether its x then lies in pairs, not in triples. */
 static bool takes_pairs(const qmoe_kernels *kernels, const qmoe_matrix *matrix) {
@@ -230,8 +226,8 @@ static void multiply_unit(void *context, unsigned unit, unsigned thread) {
     }
     piece *work = all->pieces + number;
     const frame_layout *layout = &work->matrix->layout;
-    uint32_t most = rows_per_unit(work), first_row = (unit - work->first_unit) * most;
-    uint32_t row_count = layout->rows - first_row < most ? layout->rows - first_row : most;
+    uint32_t first_row = (unit - work->first_unit) * ROWS_PER_UNIT;
+    uint32_t row_count = layout->rows - first_row < ROWS_PER_UNIT ? layout->rows - first_row : ROWS_PER_UNIT;
     uint8_t *scratch = all->scratch + thread * all->scratch_size;
     if (is_single(work)) {
         multiply_token(all->kernels, work, first_row, row_count);
@@ -254,7 +250,7 @@ static bool run_batch(batch *all, unsigned threads) {
         needed = is_single(work) ? 0 : needed;
         room = needed > room ? needed : room;
         work->first_unit = all->unit_count;
-        all->unit_count += (work->matrix->layout.rows + rows_per_unit(work) - 1) / rows_per_unit(work);
+        all->unit_count += (work->matrix->layout.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
     }
     threads = threads < all->unit_count ? threads : all->unit_count;
     all->scratch_size = (size_t)round_up(room, 64);

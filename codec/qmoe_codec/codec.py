@@ -366,10 +366,20 @@ class Matrix:
         """
         array = _as_inputs(x, dtype, self.columns)
         tokens = math.prod(array.shape[:-1])
-        y = experts_matmul(
-            [self], array.reshape(tokens, self.columns), [tokens], threads=threads, dtype=dtype
+        y = np.empty((*array.shape[:-1], self.rows), np.float32)
+        error = core.Error()
+        error.raise_for(
+            core.library().qmoe_matrix_matmul(
+                self.handle,
+                array.ctypes.data,
+                core.DTYPES[dtype],
+                tokens,
+                y.ctypes.data,
+                _threads(threads),
+                core.byref(error),
+            )
         )
-        return y.reshape(*array.shape[:-1], self.rows)
+        return y
 
 
 def experts_matmul(

@@ -100,6 +100,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         c_int,
         [c_void_p, c_uint32, c_uint32, c_int, c_void_p, c_uint, POINTER(Error)],
     ),
+    "qmoe_matrix_matmul": (
+        c_int,
+        [c_void_p, c_void_p, c_int, c_uint64, c_void_p, c_uint, POINTER(Error)],
+    ),
     "qmoe_grouped_matmul": (
         c_int,
         [POINTER(c_void_p), c_void_p, c_size_t, c_void_p, c_int, c_void_p, c_uint, POINTER(Error)],
