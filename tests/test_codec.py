@@ -433,7 +433,7 @@ def test_inputs_of_16_bits_are_taken_as_they_are(tokens: int) -> None:
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
 @pytest.mark.parametrize("columns", [1, 150, 767, 2500, 14_000, 14_001])
 def test_one_token(bits: int, columns: int) -> None:
-    """Whatever path a row's width, its codewords' and its non-zeros lead to; rows of very different density."""
+    """Whatever path a row's width, its codewords' and its non-zeros lead to, at very different densities."""
     generator = np.random.default_rng(columns)
     trits = np.concatenate([random_trits((9, columns), p, bits) for p in (0.5, 0.88, 0.99, 1.0)])
     levels = generator.normal(size=(36, 2)).astype(np.float32)
