@@ -55,7 +55,7 @@ class Device(Protocol):
         """An array that nothing was written to."""
 
     def upload(self, array: NDArray[Any]) -> Any:
-        """A copy on the device."""
+        """A copy on the device, there for every stream when this returns."""
 
     def download(self, array: Any) -> NDArray[Any]:
         """A copy on the host; waits for the device."""
@@ -135,7 +135,7 @@ class CudaDevice:
     def upload(self, array: NDArray[Any]) -> Any:
         """See :class:`Device`."""
         with cupy().cuda.Device(self.number):
-            return cupy().asarray(array)
+            return cupy().asarray(array, blocking=True)  # streams of others do not wait for CuPy's
 
     def download(self, array: Any) -> NDArray[Any]:
         """See :class:`Device`."""

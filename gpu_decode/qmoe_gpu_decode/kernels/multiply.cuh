@@ -278,6 +278,7 @@ template <u32 TILE> struct Multiplication {
                 column += word_length(words[k]);
             }
             __syncwarp();
+#pragma unroll 2
             for (u32 i = group; i < total; i += S::GROUPS) {
                 const u32 entry = shared_load_now(list + 4 * i);
                 const float weight = entry & NEGATIVE ? levels.low : levels.high;
