@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -213,6 +214,7 @@ def measure(cases: list[tuple[int, int]], work: Path, text: Path) -> list[dict[s
             "disk_bytes": disk,
             "bits_per_weight": summary["bits_per_weight"],
             "sha256": hashlib.sha256(json.dumps(digests(out)).encode()).hexdigest(),
+            "folder": str(work.parent),
             "predicted": prediction,
         }
         rows.append(row)
@@ -221,7 +223,7 @@ def measure(cases: list[tuple[int, int]], work: Path, text: Path) -> list[dict[s
     return rows
 
 
-def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, Any]]:
+def kill_some(count: int, seed: int, work: Path, text: Path) -> Iterator[dict[str, Any]]:
     make_source(work / "small", SMALL)
     draw = random.Random(seed)
     out, notes = work / "out", work / "notes"
@@ -232,8 +234,8 @@ def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, A
     if process.returncode:
         raise SystemExit(stderr)
     whole, expected = time.monotonic() - began, digests(out)
-    rows: list[dict[str, Any]] = []
-    while len(rows) < count:
+    done = 0
+    while done < count:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name("out.partial"), ignore_errors=True)
         ranks = draw.choice((2, 3))
@@ -248,6 +250,8 @@ def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, A
             continue  # too late, or too early
         os.kill(int((notes / f"pid-{rank}").read_text()), signal.SIGKILL)
         _, stderr = process.communicate()
+        if process.returncode == 0 and out.exists():
+            continue  # it had just ended
         said = [line for line in stderr.splitlines() if line.startswith("qmoe pack: error: ")]
         layers = len(list(work.glob("out.partial/resume-*.json")))
         if process.returncode == 0 or len(said) != 1 or f"rank {rank} " not in said[0] or out.exists():
@@ -257,19 +261,20 @@ def kill_some(count: int, seed: int, work: Path, text: Path) -> list[dict[str, A
         if resumed.returncode or digests(out) != expected:
             raise SystemExit(f"resumed with {after} ranks: {stderr}")
         about = said[0].removeprefix("qmoe pack: error: ").replace(socket.gethostname(), "HOST")
-        rows.append(
-            {
-                "ranks": ranks,
-                "killed": rank,
-                "seconds": moment,
-                "layers_kept": layers,
-                "resumed_with": after,
-                "said": about,
-            }
+        done += 1
+        print(
+            f"{done}: rank {rank} of {ranks} killed after {moment:.1f} s, {layers} layers kept; "
+            f"resumed with {after}: identical. {about}",
+            flush=True,
         )
-        print(f"{len(rows)}: rank {rank} of {ranks} killed after {moment:.1f} s, {layers} layers kept; "
-              f"resumed with {after}: identical. {said[0]}", flush=True)  # fmt: skip
-    return rows
+        yield {
+            "ranks": ranks,
+            "killed": rank,
+            "seconds": moment,
+            "layers_kept": layers,
+            "resumed_with": after,
+            "said": about,
+        }
 
 
 def main() -> None:
@@ -280,20 +285,23 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=case, nargs="+", default=CASES)
     parser.add_argument("--kills", type=int, default=0, help="instead: so many ranks are killed")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of these moments")
+    parser.add_argument("--folder", type=Path, help="where all files lie meanwhile, such as /dev/shm")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     from qmoe_quantize.sweep import environment
 
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
         text = work / "text.txt"
         text.write_bytes(
             b"".join(file.read_bytes() for file in sorted(Path(os.__file__).parent.glob("*.py")))
         )
         if options.kills:
-            result |= {"kills": kill_some(options.kills, options.seed, work, text), "seed": options.seed}
+            for row in kill_some(options.kills, options.seed, work, text):
+                result["kills"] = [*result.get("kills", []), row]
+                options.out.write_text(json.dumps(result, indent=2) + "\n")
         else:
             rows = measure(options.runs, work, text)
             kept = [row for row in result.get("runs", []) if which(row) not in options.runs]

@@ -96,6 +96,20 @@ def test_the_paper_recipe_equals_the_authors_code() -> None:
     ]
 
 
+def test_factors_do_not_depend_on_the_number_of_threads() -> None:
+    inputs = torch.randn(700, 512, generator=torch.Generator().manual_seed(0))
+    hessian = (inputs.T @ inputs / 700)[None]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(inverse_factor(hessian, damp=0.1)[0])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_the_factor_is_that_of_the_inverse() -> None:
     hessian = trained_like(1).hessian
     factor, singular = inverse_factor(hessian, damp=0.01)

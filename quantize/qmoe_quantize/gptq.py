@@ -6,6 +6,8 @@ are [E, R, 2] (low <= 0, high >= 0), trits int8 [E, R, C]. Rows do not influence
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +38,17 @@ class Penalty:
         return self.weight * self.bits
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Factor with one thread: how LAPACK cuts a matrix, and so the last digits, depends on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, list[int]]:
     """The upper Cholesky factor of the inverse of each damped Hessian (GPTQ, arXiv 2210.17323, section 3.3).
 
@@ -64,12 +77,13 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, list[int]]:
         singular.add(expert)
         damped[expert] = identity
     while True:
-        lower, first = torch.linalg.cholesky_ex(damped)
-        factor = first
-        if not first.any():
-            upper, factor = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not factor.any():
-                return upper, sorted(singular)
+        with one_thread():
+            lower, first = torch.linalg.cholesky_ex(damped)
+            factor = first
+            if not first.any():
+                upper, factor = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not factor.any():
+                    return upper, sorted(singular)
         for expert in factor.nonzero().flatten().tolist():
             singular.add(expert)
             damped[expert] = identity
