@@ -96,7 +96,7 @@ def stages(out: Path, options: argparse.Namespace) -> list[Stage]:
         test += ["-n", str(options.jobs)]
     if has("pytest_timeout"):
         test += ["--timeout", "90", "--timeout-method", "thread"]
-    host = ["--host", "--experts", "3"] if options.host else []
+    host = ["--host", "--experts", "8"] if options.host else []
     small = ["--shapes", "64x96"] if options.host else []
     checker = shutil.which("compute-sanitizer")
     found = [

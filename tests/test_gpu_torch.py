@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import packed_models
@@ -11,6 +13,7 @@ import test_torch as packed_layers
 import torch
 from qmoe_codec import ArgumentError, MissingPackageError, UnsupportedModelError
 from qmoe_gpu_decode import CLAMPED_SWIGLU, PackedExperts, torch_ops
+from qmoe_gpu_decode.device import CudaDevice, _function
 from qmoe_gpu_decode.matrices import PackedMatrices
 from test_gpu_host import HostDevice, device, make_layer, pack, pytestmark  # noqa: F401
 
@@ -134,6 +137,46 @@ def test_without_cupy_an_error_says_how_to_install_it() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install cupy" in done.stdout and done.stdout.count("\n") == 1
     assert issubclass(MissingPackageError, Exception)
+
+
+class Recorded:
+    """A kernel of CuPy's that is only asked."""
+
+    shared_size_bytes = 16
+    max_dynamic_shared_size_bytes = 0
+
+    def __init__(self) -> None:
+        self.kernel = SimpleNamespace(ptr=7)
+        self.calls: list[tuple[tuple, dict]] = []
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        self.calls.append((args, kwargs))
+
+
+def test_what_cupy_and_the_driver_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CuPy 14 has it: RawKernel(grid, block, arguments, shared_mem=, stream=), the stream by its `ptr`."""
+    kernel, sources, asked = Recorded(), [], []
+    module = SimpleNamespace(get_function=lambda name: kernel)
+    fake = SimpleNamespace(
+        cuda=SimpleNamespace(
+            Device=lambda number: nullcontext(), get_current_stream=lambda: SimpleNamespace(ptr=5)
+        ),
+        RawModule=lambda **given: sources.append(given) or module,
+    )
+    monkeypatch.setattr("qmoe_gpu_decode.device.cupy", lambda: fake)
+    monkeypatch.setattr("qmoe_gpu_decode.device.launch_overlapping", lambda *given: asked.append(given))
+    place = CudaDevice(0, 132, 232448)
+    try:
+        place.launch("encode.cu", {}, "seal", (3, 1), 32, 0, (np.uint64(9), np.uint32(1)), stream=11)
+        place.launch("encode.cu", {}, "seal", (3, 1), 32, 0, (np.uint64(9), np.uint32(1)))
+        place.launch("matmul.cu", {"OVERLAP": 1}, "matmul", (2, 1), 64, 100, (np.uint32(1),), stream=11)
+    finally:
+        _function.cache_clear()
+    assert [kwargs["stream"].ptr for _, kwargs in kernel.calls] == [11, 5]
+    assert kernel.calls[0][0] == ((3, 1), (32,), (9, 1)) and kernel.calls[0][1]["shared_mem"] == 0
+    assert asked == [(7, (2, 1), 64, 100, (1,), 11)]
+    assert len(sources) == 2 and "#define OVERLAP 1" in sources[1]["code"]
+    assert kernel.max_dynamic_shared_size_bytes == 232448 - 16
 
 
 def test_activations_that_the_kernels_have() -> None:
