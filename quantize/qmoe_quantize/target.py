@@ -60,6 +60,8 @@ NEAR = 1.6
 """How far the lambdas of the second look lie apart; it is taken again if the one that is wanted does not lie
 between them."""
 MOST_LOOKS = 8
+FLAT = 1e-3
+"""Share of the bits by which they differ at least where lambda matters."""
 
 
 def few_windows(windows: TokenWindows) -> TokenWindows:
@@ -248,6 +250,8 @@ class LambdaSearch:
                 low = edge = (lams[-1], rates[-1])
             else:
                 high = edge = (lams[0], rates[0])
+                if rates[0] - rates[-1] < FLAT * rates[0]:  # less lambda gives no more bits
+                    break
             if low and high:
                 if high[0] <= 1.01 * NEAR * low[0]:  # neighbours
                     share = (low[1] - target_bits) / (low[1] - high[1])
@@ -258,7 +262,7 @@ class LambdaSearch:
                 lam = edge[0] * (max(step, least) if low else min(step, 1 / least))
         rates_seen = [f"{rate:.3f} at lambda {at:.3g}" for at, rate in filter(None, (low, high))]
         raise ArgumentError(
-            f"no lambda for it was found in {MOST_LOOKS} looks at the model",
+            "no lambda for it was found",
             field="target_bpw",
             value=target_bits,
             expected=f"{' or '.join(rates_seen)}, or --lam",
