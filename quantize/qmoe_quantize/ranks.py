@@ -316,7 +316,7 @@ class _DistributedRanks(Ranks):
         pulses: dict[int, tuple[bytes, float]] = {}
         while not work.is_completed():
             time.sleep(pause)
-            pause = min(1.5 * pause, 0.02)
+            pause = min(1.5 * pause, 0.005)
             now = time.monotonic()
             if now - asked > 0.3:
                 asked = now
