@@ -281,6 +281,36 @@ def measure_product(place: OnGpu | OnHost, problem: Problem, tokens: int, replay
     }
 
 
+def measure_tiles(place: OnGpu | OnHost, problem: Problem, tokens: int, replays: int) -> dict[str, Any]:
+    """The same by tensor cores on rows unpacked in shared memory; beside unpacking all for cuBLAS."""
+    import torch
+    from qmoe_gpu_decode.products import launch_tiles
+
+    (rows, columns), weights = problem.shape, problem.dense[0]
+    x = torch.randn(tokens, columns, device=place.name).bfloat16()
+    y = torch.empty(tokens, rows, device=place.name, dtype=torch.bfloat16)
+
+    def call(number: int) -> None:
+        if not launch_tiles(problem.packed, x, y, tokens, "bfloat16", number=number, stream=place.stream()):
+            raise ValueError("rows too long for shared memory")
+
+    def unpacked(number: int) -> Any:
+        return x @ torch.ops.qmoe.dequantize(problem.handle, x, number, rows, columns).T
+
+    call(0)
+    exact = x.double() @ weights.double().T
+    error = float((y.double() - exact).norm() / exact.norm())
+    if not error < 1e-2:
+        raise ValueError(f"wrong by {error}: {problem.shape}, {tokens} tokens by tensor cores")
+    numbers = range(min(problem.packed.count, 64))
+    return {
+        "ours": place.measure([lambda i=i: call(i) for i in numbers], replays),
+        "unpacked, cuBLAS": place.measure([lambda i=i: unpacked(i) for i in numbers], replays),
+        "dense bf16": place.measure([lambda w=w: torch.matmul(x, w.T) for w in problem.dense], replays),
+        "relative_error": error,
+    }
+
+
 def measure_decode(place: OnGpu | OnHost, problem: Problem, replays: int) -> dict[str, Any]:
     """To bf16."""
     import torch
@@ -435,7 +465,7 @@ def kernels_of(place: OnGpu | OnHost, options: argparse.Namespace) -> set[Kernel
     from qmoe_codec import build_dictionary, encode
     from qmoe_gpu_decode.experts import launch_experts
     from qmoe_gpu_decode.matrices import PackedMatrices
-    from qmoe_gpu_decode.products import launch_decode, launch_matmul
+    from qmoe_gpu_decode.products import launch_decode, launch_matmul, launch_tiles
 
     listing = Listing(place.device.multiprocessors, place.device.shared_limit)
     dictionary = build_dictionary(P_ZERO, options.bits)
@@ -448,6 +478,7 @@ def kernels_of(place: OnGpu | OnHost, options: argparse.Namespace) -> set[Kernel
         for tokens in (1, 8, 32):
             launch_matmul(packed, nothing, nothing, tokens, ("bfloat16", "bfloat16"))
         launch_decode(packed, nothing, "bfloat16")
+        launch_tiles(packed, nothing, nothing, 32, "bfloat16")
     here = argparse.Namespace(device=listing, l2_bytes=1, name="cpu")
     if not options.no_grouped:
         (layer, *_) = packed_layers(here, SIDES, 2, options.bits)  # type: ignore[arg-type]
@@ -624,6 +655,15 @@ def cells(place: OnGpu | OnHost, options: argparse.Namespace) -> Iterator[Cell]:
                         name,
                         lambda shape=shape, function=function: function(place, problem(shape), replays),
                     )
+    for tokens in (32, 128):
+        for shape in options.shapes:
+            yield (
+                "{}x{}".format(*shape),
+                f"{tokens} by tiles",
+                lambda shape=shape, tokens=tokens: measure_tiles(
+                    place, problem(shape), tokens, min(replays, 20)
+                ),
+            )
     if options.qmoe:
         yield "qmoe", "1 tokens", lambda: measure_qmoe(place, options.qmoe, replays)
 

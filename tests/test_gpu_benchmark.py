@@ -101,7 +101,16 @@ def test_benchmark_and_sweep_on_the_host(tmp_path: Path) -> None:
     ]
     assert gpu.main(given) == 0
     results = json.loads((tmp_path / "gpu.json").read_text())
-    names = {"1 tokens", "8 tokens", "32 tokens", "300 tokens", "decode to bf16", "encode"}
+    names = {
+        "32 by tiles",
+        "128 by tiles",
+        "1 tokens",
+        "8 tokens",
+        "32 tokens",
+        "300 tokens",
+        "decode to bf16",
+        "encode",
+    }
     assert set(results["shapes"]["40x96"]) == names and len(results["grouped"]) == 2
     operations = ["--operations", "8 tokens", "decode to bf16"]
     given = [*common, *operations, "--seconds", "8", "--json", str(tmp_path / "sweep.json")]
@@ -116,7 +125,15 @@ def test_kernels_are_listed_for_compiling_ahead() -> None:
     if place is None:
         pytest.skip("NOT TESTED: there is no g++")
     found = gpu.kernels_of(place, options)
-    assert {name for _, _, name in found} == {"matmul", "decode", "route", "enter", "leave", "combine"}
+    assert {name for _, _, name in found} == {
+        "matmul",
+        "tiles",
+        "decode",
+        "route",
+        "enter",
+        "leave",
+        "combine",
+    }
     assert all(dict(definitions).get("CODECS", 4) == 4 for _, definitions, _ in found)
 
 

@@ -28,7 +28,13 @@ from qmoe_gpu_decode.experts import (  # noqa: E402
     launch_experts,
 )
 from qmoe_gpu_decode.matrices import PackedMatrices  # noqa: E402
-from qmoe_gpu_decode.products import ARRAY_DTYPES, launch_decode, launch_matmul, make_plan  # noqa: E402
+from qmoe_gpu_decode.products import (  # noqa: E402
+    ARRAY_DTYPES,
+    launch_decode,
+    launch_matmul,
+    launch_tiles,
+    make_plan,
+)
 from qmoe_gpu_decode.sources import kernel_source  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="GPU KERNELS NOT TESTED: there is no g++")
@@ -178,6 +184,27 @@ def test_matmul(device: HostDevice, tokens: int, x_dtype: str, y_dtype: str) -> 
         for rows, columns in [SHAPES[number], SHAPES[(number + tokens) % len(SHAPES)]]:
             packed = pack(rng, rows, columns, bits, count=1 + number % 4)
             check_product(device, packed, tokens, (x_dtype, y_dtype), rng)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(32, "bfloat16"), (45, "bfloat16"), (5, "float16")])
+def test_tiles(device: HostDevice, tokens: int, dtype: str) -> None:
+    """By tensor cores: what the weights give that are rounded to the dtype of x."""
+    rng = np.random.default_rng()
+    for number, bits in enumerate([0, 8, 10, 12, 16]):
+        for rows, columns in [SHAPES[number], (16, 96)]:
+            packed = pack(rng, rows, columns, bits, count=1 + number % 4, level_format="float32")
+            matrices = PackedMatrices([packed.frame], packed.dictionaries, device)
+            x_bits = to_bits(rng.normal(size=(tokens, columns)) / 8, dtype)
+            x, weights = from_bits(x_bits, dtype), from_bits(to_bits(packed.weights, dtype), dtype)
+            y, memory = guarded(device, (tokens, rows), ARRAY_DTYPES[dtype])
+            assert launch_tiles(matrices, device.upload(x_bits), y, tokens, dtype)
+            expected = x @ weights.T
+            bound = product_bound(x, weights, columns) + ROUNDING[dtype] * np.abs(expected) * 1.01 + 1e-7
+            assert (np.abs(from_bits(y, dtype) - expected) <= bound).all()
+            check_guard(memory)
+    packed = pack(rng, 3, 20000, 10)
+    matrices = PackedMatrices([packed.frame], packed.dictionaries, device)
+    assert not launch_tiles(matrices, device.upload(x_bits), y, tokens, dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -512,6 +539,7 @@ for bits in (0, 10, 16):
     tests.run_damaged(device, rng, bits, 3)
 tests.test_encode_gives_the_bytes_of_the_cpu(device, 10)
 tests.test_experts(device, 9, 2, "silu", "bfloat16", True)
+tests.test_tiles(device, 5, "float16")
 print("sanitized")
 """
 

@@ -18,7 +18,17 @@ def test_no_kernel_spills() -> None:
     found = compile_all(some, ["sm_90"], jobs=2)
     found += compile_all(some[4:5], [name for name in ARCHITECTURES if name != "sm_90"], jobs=2)
     kernels = {usage.kernel for usage in found}
-    assert kernels >= {"decode", "matmul", "enter", "leave", "route", "combine", "count_rows", "checksum"}
+    assert kernels >= {
+        "decode",
+        "matmul",
+        "tiles",
+        "enter",
+        "leave",
+        "route",
+        "combine",
+        "count_rows",
+        "checksum",
+    }
     assert len({usage.architecture for usage in found}) == 3
     assert not [usage for usage in found if usage.spills]
 

@@ -21,6 +21,7 @@ WINDOW_BYTES = 1024  # of a warp: decode.cu, WINDOW
 OWN_BYTES = 256  # at most, that a kernel declares itself
 TILES = (1, 2, 4, 8, 16, 32)
 MOST_GRID = 65535
+TILE_TOKENS = 32  # of a block of tiles.cu
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,64 @@ def launch_matmul(
             ),
             stream,
         )
+
+
+def launch_tiles(
+    matrices: PackedMatrices,
+    x: Any,
+    y: Any,
+    tokens: int,
+    dtype: str,
+    *,
+    number: int = 0,
+    stream: int | None = None,
+    tuning: Tuning = TUNING,
+) -> bool:
+    """The same by tensor cores, for some dozens of tokens in bfloat16 or float16; weights are rounded to it.
+
+    Returns
+    -------
+    bool
+        Whether the rows fit into shared memory; if not, nothing was done.
+    """
+    device = matrices.device
+    pitch = -(-matrices.columns // 16) * 16 + 16  # rows a few banks apart
+    room = 16 * pitch + 4 * 16 * 16 * TILE_TOKENS
+    table_bytes = matrices.needs.table_bytes
+    if room + table_bytes > device.shared_limit - OWN_BYTES:
+        table_bytes = 0
+    if room > device.shared_limit - OWN_BYTES:
+        return False
+    if not tokens or not matrices.rows:
+        return True
+    blocks = -(-matrices.rows // 16)
+    definitions = {
+        "CODECS": matrices.needs.codecs,
+        "TABLES_SHARED": int(table_bytes == matrices.needs.table_bytes),
+        "X_KIND": KINDS[dtype],
+        "SHARE": tuning.share,
+        "TOGETHER": tuning.together,
+        "PREFETCH": int(tuning.prefetch),
+    }
+    device.launch(
+        "tiles.cu",
+        definitions,
+        "tiles",
+        (blocks, max(1, min(-(-tokens // TILE_TOKENS), device.multiprocessors // blocks))),
+        512,
+        room + table_bytes,
+        (
+            matrices.records[number : number + 1].reshape(()),
+            address(matrices.tables),
+            address(x),
+            address(y),
+            np.uint32(tokens),
+            np.uint32(table_bytes),
+            np.uint32(pitch),
+        ),
+        stream,
+    )
+    return True
 
 
 def launch_decode(

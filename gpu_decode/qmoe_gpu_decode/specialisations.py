@@ -20,6 +20,9 @@ def every_specialisation() -> Iterator[tuple[str, dict[str, int]]]:
         common = {"CODECS": codecs, "TABLES_SHARED": tables}
         for out in range(4):
             yield "decode.cu", {**common, **TUNING.definitions(codecs, 1), "OUT_KIND": out}
+        for x in (1, 2):
+            sizes = {"SHARE": TUNING.share, "TOGETHER": TUNING.together, "PREFETCH": int(TUNING.prefetch)}
+            yield "tiles.cu", {**common, **sizes, "X_KIND": x}
         for x, staged, tokens in itertools.product((0, 1, 2), (0, 1), TILES):
             product = {**common, "X_KIND": x, "X_SHARED": staged, "TOKENS": tokens}
             tuning = ONE_TOKEN if tokens == 1 else TUNING
@@ -45,6 +48,10 @@ def some_specialisations() -> list[tuple[str, dict[str, int]]]:
         ("decode.cu", {**common, **TUNING.definitions(31, 1), "OUT_KIND": 1}),
         ("matmul.cu", one),
         ("matmul.cu", {**product, **TUNING.definitions(31, 8), "OUT_KIND": 1}),
+        (
+            "tiles.cu",
+            {**common, "SHARE": TUNING.share, "TOGETHER": TUNING.together, "PREFETCH": 1, "X_KIND": 1},
+        ),
         ("enter.cu", {**layer, "GATED": 1, "ACTIVATION": 1}),
         ("leave.cu", {**layer, "X_KIND": 0}),
     ]

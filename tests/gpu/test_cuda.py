@@ -16,7 +16,7 @@ from qmoe_codec import encode
 from qmoe_gpu_decode import torch_ops
 from qmoe_gpu_decode.device import cuda_device
 from qmoe_gpu_decode.matrices import PackedMatrices
-from qmoe_gpu_decode.products import ARRAY_DTYPES, launch_decode, launch_matmul
+from qmoe_gpu_decode.products import ARRAY_DTYPES, launch_decode, launch_matmul, launch_tiles
 from test_gpu_host import (
     ROUNDING,
     SHAPES,
@@ -81,6 +81,23 @@ def test_matmul_against_float64(tokens: int, dtype: str) -> None:
         expected = x @ weights.T
         bound = product_bound(x, weights, columns) + ROUNDING[dtype] * np.abs(expected) * 1.01 + 1e-7
         assert (np.abs(from_bits(cupy.asnumpy(y), dtype) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(32, "bfloat16"), (200, "bfloat16"), (45, "float16")])
+def test_tiles_of_tensor_cores(tokens: int, dtype: str) -> None:
+    rng = np.random.default_rng()
+    for number, (rows, columns) in enumerate(LARGE_SHAPES):
+        packed = pack(rng, rows, columns, (0, 8, 10, 12, 16)[number % 5], count=1 + number % 4)
+        matrices = PackedMatrices([packed.frame], packed.dictionaries, cuda_device())
+        bits = to_bits(rng.normal(size=(tokens, columns)) / 8, dtype)
+        x, weights = from_bits(bits, dtype), from_bits(to_bits(weights_of(packed), dtype), dtype)
+        y = poisoned((tokens, rows), ARRAY_DTYPES[dtype])
+        if launch_tiles(matrices, cupy.asarray(bits), y, tokens, dtype):
+            expected = x @ weights.T
+            bound = product_bound(x, weights, columns) + ROUNDING[dtype] * np.abs(expected) * 1.01 + 1e-7
+            assert (np.abs(from_bits(cupy.asnumpy(y), dtype) - expected) <= bound).all()
+        else:
+            assert columns > 10000
 
 
 @pytest.mark.parametrize("bits", [0, 8, 10, 12, 16])
