@@ -90,7 +90,7 @@ def make_source(directory: Path, sizes: dict[str, int]) -> None:
 
 
 def worker(folder: Path, arguments: list[str]) -> int:
-    """What torchrun starts: the command, with its process noted before, and what it took after."""
+    """What torchrun starts: the command, with its process noted once it has joined, and what it took."""
     from qmoe_quantize import ranks
 
     from qmoe_format.cli import main as command
@@ -110,8 +110,14 @@ def worker(folder: Path, arguments: list[str]) -> int:
 
     ranks._DistributedRanks.exchange = counted_exchange  # type: ignore[method-assign]
     ranks._DistributedRanks.gather = counted_gather  # type: ignore[method-assign]
-    rank = os.environ["RANK"]
-    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    rank, join = os.environ["RANK"], ranks.Ranks.join
+
+    def noted_join(*arguments: Any) -> ranks.Ranks:
+        joined = join(*arguments)
+        (folder / f"pid-{rank}").write_text(str(os.getpid()))
+        return joined
+
+    ranks.Ranks.join = noted_join  # type: ignore[method-assign]
     code = command(arguments)
     used = resource.getrusage(resource.RUSAGE_SELF)
     note = {

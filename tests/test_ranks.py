@@ -271,6 +271,15 @@ def test_a_rank_that_never_joins(source: Path, runner: RankRunner, tmp_path: Pat
     assert outcomes[2].stderr == ""
 
 
+def test_an_interrupt_while_a_rank_is_missing(source: Path, runner: RankRunner, tmp_path: Path) -> None:
+    """As by the launcher, where one has ended before it joined."""
+    code = "import threading\nthreading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()"
+    outcomes = runner.run(3, pack_arguments(source, tmp_path / "out"), absent=[1], code={0: code, 2: code})
+    assert [outcomes[rank].code for rank in (0, 2)] == [130, 130]
+    assert outcomes[0].stderr == "qmoe pack: interrupted: rank 1 of 3 had not joined\n"
+    assert outcomes[2].stderr == ""
+
+
 def test_an_error_of_all_is_said_once(source: Path, runner: RankRunner, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     line = refusal(runner.run(2, pack_arguments(source, tmp_path / "out")), 2, 2)

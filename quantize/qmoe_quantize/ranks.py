@@ -255,14 +255,15 @@ class _DistributedRanks(Ranks):
             missing = [rank for rank in missing if not self._store.check([f"joined/{rank}"])]
             if not missing:
                 return [self._store.get(f"joined/{rank}").decode() for rank in range(self.size)]
+            names = f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {self.size}"
+            quiet = self.rank != min(set(range(self.size)) - set(missing))
             if time.monotonic() > deadline:
-                names = ", ".join(map(str, missing))
-                raise RankError(
-                    f"{'ranks' if len(missing) > 1 else 'rank'} {names} of {self.size} did not join "
-                    f"within {timeout:g} s",
-                    quiet=self.rank != min(set(range(self.size)) - set(missing)),
-                )
-            time.sleep(0.1)
+                raise RankError(f"{names} did not join within {timeout:g} s", quiet=quiet)
+            try:
+                time.sleep(0.1)
+            except KeyboardInterrupt:  # perhaps by the launcher, since one has ended
+                said = f"{names} had not joined"
+                raise (RankInterrupt(said) if quiet else KeyboardInterrupt(said)) from None
 
     def _beat(self) -> None:
         count = 0
