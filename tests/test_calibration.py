@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +235,45 @@ def test_lines_that_are_no_documents(line: str, tmp_path: Path) -> None:
         read_windows(TextOptions(str(file), 1, 2), config)
 
 
+def test_a_folder_of_text_and_too_few_documents(tmp_path: Path) -> None:
+    """The only document of a .jsonl file is held out; the text beside it is still used."""
+    config = ModelConfig(tmp_path / "config.json", {"vocab_size": 256})
+    (tmp_path / "one.jsonl").write_text('{"text": "held out"}')
+    with pytest.raises(
+        CheckpointError, match=r"no calibration text \(found 1 documents, expected text"
+    ):
+        read_windows(TextOptions(str(tmp_path), 1, 10), config)
+    (tmp_path / "a.txt").write_text("x" * 100)
+    windows = read_windows(TextOptions(str(tmp_path), 100, 10), config)
+    assert (windows.tokens == ord("x")).all() and len(windows.tokens) == 9
+
+
+def test_a_data_set_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training split, cut by documents; by a stand-in, for tests ask no hub."""
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, split: str) -> dict[str, list[str]]:
+        asked.append((name, split))
+        if name == "someone/none":
+            raise ConnectionError("no such thing\nand more")
+        rows = [f"{chr(97 + number)}" * 30 for number in range(20)]
+        return {"words" if name == "someone/words" else "text": rows}
+
+    stand_in = types.ModuleType("datasets")
+    monkeypatch.setattr(stand_in, "load_dataset", load_dataset, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    config = ModelConfig(tmp_path / "config.json", {"vocab_size": 256})
+    windows = read_windows(TextOptions("hf:someone/text", 1000, 10), config)
+    assert asked == [("someone/text", "train")]
+    assert set(np.unique(windows.tokens).tolist()) == set(range(97, 97 + 19))
+    with pytest.raises(CheckpointError, match=r"hf:someone/words: text: has no column"):
+        read_windows(TextOptions("hf:someone/words"), config)
+    with pytest.raises(QMoEError, match=r"^hf:someone/none: not to be had from the hub: no such thing$"):
+        read_windows(TextOptions("hf:someone/none"), config)
+
+
 def test_a_data_set_on_the_hub_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     config = ModelConfig(tmp_path / "config.json", {"vocab_size": 256})
     with pytest.raises(MissingPackageError, match=r"hf:someone/text.*pip install datasets"):
         read_windows(TextOptions("hf:someone/text"), config)

@@ -199,7 +199,8 @@ def _positions(config: ModelConfig) -> int:
 def _documents(options: TextOptions) -> list[_Document]:
     """The documents of the part that may be used."""
     if options.source.startswith("hf:"):
-        return _cut(_from_hub(options.source[3:]), options)
+        rows = _from_hub(options.source[3:])
+        return _any_of(_cut(rows, options.part), len(rows), options)
     path = Path(options.source)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
@@ -212,15 +213,11 @@ def _documents(options: TextOptions) -> list[_Document]:
             raise CheckpointError("unknown kind of text", file=file, expected=" or ".join(SUFFIXES))
     plain = [_read(file) for file in files if file.suffix == ".txt"]
     lines = [document for file in files if file.suffix == ".jsonl" for document in _json_lines(file)]
-    documents = _cut(lines, options) if lines else []
+    documents = _cut(lines, options.part)
     # One text: the cut must not move when the files are split in another way.
     if text := take_part(b"".join(plain), options.part):
         documents.insert(0, _Document(text))
-    if not documents:
-        raise CheckpointError(
-            "no calibration text", file=path, field=f"part {options.part}", expected="text in it"
-        )
-    return documents
+    return _any_of(documents, len(lines), options)
 
 
 def _read(file: Path) -> bytes:
@@ -228,17 +225,22 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
 
 
-def _cut(documents: list[_Document], options: TextOptions) -> list[_Document]:
-    start, stop = parse_part(options.part)
-    chosen = documents[int(len(documents) * start) : int(len(documents) * stop)]
-    if not chosen:
+def _cut(documents: list[_Document], part: str) -> list[_Document]:
+    start, stop = parse_part(part)
+    return documents[int(len(documents) * start) : int(len(documents) * stop)]
+
+
+def _any_of(documents: list[_Document], count: int, options: TextOptions) -> list[_Document]:
+    """The documents that may be used, of `count` in all, if there are any."""
+    if not documents:
         raise CheckpointError(
             "no calibration text",
             file=options.source,
             field=f"part {options.part}",
-            value=f"{len(documents)} documents",
+            value=f"{count} documents" if count else None,
+            expected="text in it",
         )
-    return chosen
+    return documents
 
 
 def _json_lines(file: Path) -> list[_Document]:
