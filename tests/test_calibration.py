@@ -239,9 +239,7 @@ def test_a_folder_of_text_and_too_few_documents(tmp_path: Path) -> None:
     """The only document of a .jsonl file is held out; the text beside it is still used."""
     config = ModelConfig(tmp_path / "config.json", {"vocab_size": 256})
     (tmp_path / "one.jsonl").write_text('{"text": "held out"}')
-    with pytest.raises(
-        CheckpointError, match=r"no calibration text \(found 1 documents, expected text"
-    ):
+    with pytest.raises(CheckpointError, match=r"no calibration text \(found 1 documents, expected text"):
         read_windows(TextOptions(str(tmp_path), 1, 10), config)
     (tmp_path / "a.txt").write_text("x" * 100)
     windows = read_windows(TextOptions(str(tmp_path), 100, 10), config)
