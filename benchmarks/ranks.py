@@ -35,7 +35,7 @@ import numpy as np
 from qmoe_format.safetensors_io import SafetensorsWriter
 
 RESULTS = Path(__file__).parent / "results/ranks.json"
-LARGE = {"hidden_size": 768, "intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 3}
+LARGE = {"hidden_size": 768, "intermediate_size": 512, "num_experts": 16}
 RATE, WINDOWS = 0.8, 32
 CASES = [(1, 16), (1, 8), (2, 16), (4, 16)]
 SMALL = {"hidden_size": 128, "intermediate_size": 96, "num_experts": 8, "num_hidden_layers": 4}
@@ -188,8 +188,8 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def measure(cases: list[tuple[int, int]], work: Path, text: Path) -> list[dict[str, Any]]:
-    make_source(work / "source", LARGE)
+def measure(cases: list[tuple[int, int]], layers: int, work: Path, text: Path) -> list[dict[str, Any]]:
+    make_source(work / "source", {**LARGE, "num_hidden_layers": layers})
     rows: list[dict[str, Any]] = []
     for ranks, experts in cases:
         out, notes = work / "out", work / "notes"
@@ -210,6 +210,7 @@ def measure(cases: list[tuple[int, int]], work: Path, text: Path) -> list[dict[s
         summary = json.loads(stdout)
         found = [json.loads((notes / f"note-{rank}").read_text()) for rank in range(ranks)]
         row = {
+            "layers": layers,
             "ranks": ranks,
             "experts_at_once": experts,
             "seconds": whole,
@@ -290,6 +291,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=case, nargs="+", default=CASES)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--kills", type=int, default=0, help="instead: so many ranks are killed")
     parser.add_argument("--seed", type=int, default=0, help="of these moments")
     parser.add_argument("--folder", type=Path, help="where all files lie meanwhile, such as /dev/shm")
@@ -309,24 +311,37 @@ def main() -> None:
                 result["kills"] = [*result.get("kills", []), row]
                 options.out.write_text(json.dumps(result, indent=2) + "\n")
         else:
-            rows = measure(options.runs, work, text)
-            kept = [row for row in result.get("runs", []) if which(row) not in options.runs]
+            rows = measure(options.runs, options.layers, work, text)
+            done = {which(row) for row in rows}
+            kept = [row for row in result.get("runs", []) if which(row) not in done]
             result |= {"model": LARGE, "runs": sorted([*kept, *rows], key=which)}
-    if len({row["sha256"] for row in result.get("runs", [])}) > 1:
+    rows = result.get("runs", [])
+    if len({row["sha256"] for row in rows}) != len({row["layers"] for row in rows}):
         raise SystemExit("the bytes differ")
     result |= {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **environment(), "threads_per_rank": 1}
-    seconds = {which(row): row["seconds"] for row in result.get("runs", [])}
-    result["speed_up"] = {
-        f"{ranks} ranks, {experts} experts at once, over one rank with {alone}": seconds[1, alone] / taken
-        for (ranks, experts), taken in seconds.items()
-        for alone in (experts, experts // ranks)
-        if ranks > 1 and (1, alone) in seconds
-    }
+    result["speed_up"] = speed_ups(rows)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def which(row: dict[str, Any]) -> tuple[int, int]:
-    return row["ranks"], row["experts_at_once"]
+def speed_ups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of several ranks over one: of everything, of packing alone, and by how long processors are busy."""
+    return [
+        {
+            "layers": row["layers"],
+            "ranks": [1, row["ranks"]],
+            "experts_at_once": [one["experts_at_once"], row["experts_at_once"]],
+            "whole": one["seconds"] / row["seconds"],
+            "packing": one["seconds_of_packing"] / row["seconds_of_packing"],
+            "processors": max(one["cpu_seconds"]) / max(row["cpu_seconds"]),
+        }
+        for row in rows
+        for one in rows
+        if one["ranks"] == 1 < row["ranks"] and one["layers"] == row["layers"]
+    ]
+
+
+def which(row: dict[str, Any]) -> tuple[int, int, int]:
+    return row["layers"], row["ranks"], row["experts_at_once"]
 
 
 def case(text: str) -> tuple[int, int]:
