@@ -255,7 +255,8 @@ def kill_some(count: int, seed: int, work: Path, text: Path) -> Iterator[dict[st
         if process.poll() is not None or not (notes / f"pid-{rank}").exists():
             process.communicate()
             continue  # too late, or too early
-        os.kill(int((notes / f"pid-{rank}").read_text()), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((notes / f"pid-{rank}").read_text()), signal.SIGKILL)
         _, stderr = process.communicate()
         if process.returncode == 0 and out.exists():
             continue  # it had just ended
