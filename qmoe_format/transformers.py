@@ -240,6 +240,9 @@ _CACHE: ContextVar[ExpertCache | None] = ContextVar("qmoe_expert_cache", default
 _GROUP: ContextVar[torch.distributed.ProcessGroup | None] = ContextVar("qmoe_expert_parallel", default=None)
 """What :func:`load` tells the quantizer, which transformers makes and calls."""
 
+_SAVING: ContextVar[bool] = ContextVar("qmoe_saving", default=False)
+"""Whether this thread is within :meth:`QMoEQuantizer.saving`."""
+
 
 class CacheOptions(NamedTuple):
     """What :func:`load` says of an expert cache."""
@@ -432,7 +435,6 @@ class QMoEQuantizer(HfQuantizer):
         super().__init__(*args, **kwargs)
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._renamed: list[WeightRenaming] = []
-        self._is_saving = False
         self._cache: ExpertCache | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -542,16 +544,16 @@ class QMoEQuantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Only for :class:`PackedSaver`, which adds the packed experts; see :meth:`saving`."""
-        return self._is_saving
+        return _SAVING.get()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Let transformers write everything but the packed experts."""
-        self._is_saving = True
+        token = _SAVING.set(True)
         try:
             yield
         finally:
-            self._is_saving = False
+            _SAVING.reset(token)
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Everything but the packed experts."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         module = ParallelExperts(layer, torch.nn.ReLU(), dist.group.WORLD)
         with pytest.raises(UnsupportedModelError, match="no experts yet"):
             module(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))
+        biased = replace(
+            layer, projections=tuple(replace(p, bias=f"{{expert}}.{p.name}_b") for p in projections)
+        )
+        with pytest.raises(UnsupportedModelError, match="l: experts with biases are not spread"):
+            ParallelExperts(biased, torch.nn.ReLU(), dist.group.WORLD)
         monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
         with pytest.raises(ArgumentError, match="more ranks than experts"):
             ParallelExperts(layer, torch.nn.ReLU(), dist.group.WORLD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
@@ -333,3 +334,31 @@ def test_the_example_of_a_layer_of_ones_own(
     assert mean_square == pytest.approx(float(y.square().mean()), rel=1e-4)
     assert float(cached[0].rpartition(" ")[2]) == pytest.approx(mean_square, rel=1e-4)
     assert "slots" in cached[1]
+
+
+class Layer(torch.nn.Module):
+    """A router and packed experts, as a graph around their operator."""
+
+    def __init__(self, experts: QMoEExperts) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(experts.hidden_dim, experts.num_experts, bias=False)
+        self.experts = experts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, index = self.router(x).softmax(-1).topk(2, dim=-1)
+        output: torch.Tensor = x + self.experts(torch.nn.functional.rms_norm(x, x.shape[-1:]), index, weights)
+        return output
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor() -> None:
+    """What torch.compile does unasked: C++ around the operator, which it takes as it is."""
+    if not shutil.which("g++"):
+        pytest.skip("NOT COMPILED: inductor needs a C++ compiler")
+    spec_ = spec()
+    layer = Layer(module_of(spec_, pack(spec_)))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for tokens in (3, 1, 7):
+            x = torch.randn(tokens, 12)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)

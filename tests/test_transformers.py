@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,73 @@ def test_saving_replaces_nothing_unasked(olmoe: Path, spoiled: Path, tmp_path: P
     itself = load(spoiled)
     itself.save_pretrained(spoiled, force=True)
     assert content(spoiled) == content(olmoe)
+
+
+def test_several_threads_save_one_model(olmoe: Path, tmp_path: Path) -> None:
+    """Into one place: one of them does, the others say why not. Into places of their own: all do."""
+    model = load(olmoe)
+    begin = threading.Barrier(4)
+    found: list[str] = []
+
+    def save(place: Path) -> None:
+        begin.wait()
+        try:
+            model.save_pretrained(place)
+            found.append("saved")
+        except Exception as error:  # noqa: BLE001 - the test says which it may be
+            found.append(f"{type(error).__name__}: {error}")
+
+    for places in ([tmp_path / "same"] * 4, [tmp_path / f"own-{number}" for number in range(4)]):
+        found.clear()
+        threads = [threading.Thread(target=save, args=(place,)) for place in places]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        own = places[0] != places[1]
+        assert found.count("saved") == (4 if own else 1), found
+        refused = r"OutputExistsError: .*same(\.partial)?: (exists already|another writer is at work)"
+        assert all(text == "saved" or re.match(refused, text) for text in found), found
+        for place in places:
+            qmoe_format.verify(place)
+            assert content(place) == content(olmoe)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+WRITES_LATER = """
+import sys
+from pathlib import Path
+import packed_models
+from qmoe_format import PackedModelWriter
+write = PackedModelWriter.finish
+def finish(*arguments):
+    print("at work", flush=True)
+    sys.stdin.readline()
+    write(*arguments)
+PackedModelWriter.finish = finish
+packed_models.write_model(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_another_process_saves_to_the_same_place(olmoe: Path, tmp_path: Path, force: bool) -> None:
+    model, out = load(olmoe), tmp_path / "out"
+    other = subprocess.Popen(
+        [sys.executable, "-c", WRITES_LATER, out],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert other.stdin is not None and other.stdout is not None
+    assert other.stdout.readline() == "at work\n"
+    with pytest.raises(OutputExistsError, match=r"out\.partial: another writer is at work"):
+        model.save_pretrained(out, force=force)
+    other.communicate("\n", timeout=60)
+    assert other.returncode == 0
+    packed_models.write_model(tmp_path / "alone")
+    assert packed_models.contents(out) == packed_models.contents(tmp_path / "alone")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "alone", "tokenizer.json"}
 
 
 def test_saving_what_cannot_be_saved(olmoe: Path, tmp_path: Path) -> None:
