@@ -143,13 +143,14 @@ def load(
         if importlib.util.find_spec("accelerate") is None:
             raise MissingPackageError("device_map needs accelerate: pip install accelerate")
     options = CacheOptions(expert_cache, host_cache, policy, page_cache, prefetch)
+    options.check()
     place = None if expert_cache is None else one_place(device if device_map is None else device_map)
     with open_model(path) as packed:
         model_class = _model_class(path, packed.config)
         cache = None
         if place is not None:
-            config = transformers.AutoConfig.from_pretrained(path)
-            cache = make_cache(packed, options, place, config, verify=verify)
+            config_class: Any = model_class.config_class
+            cache = make_cache(packed, options, place, config_class.from_pretrained(path), verify=verify)
         token, group_token = _CACHE.set(cache), _GROUP.set(expert_parallel)
         before = _identities(packed)
         try:
@@ -252,6 +253,20 @@ class CacheOptions(NamedTuple):
     policy: str = "lru"
     page_cache: bool = True
     prefetch: bool = False
+
+    def check(self) -> None:
+        """Refuse what would be heeded with an expert cache only, where there is none.
+
+        Raises
+        ------
+        ArgumentError
+            There is something.
+        """
+        for name, value in self._asdict().items():
+            if self.expert_cache is None and value != self._field_defaults[name]:
+                raise ArgumentError(
+                    "is of an expert cache", field=name, value=value, expected="expert_cache= with it"
+                )
 
 
 def one_place(device_map: Any) -> torch.device:
@@ -388,6 +403,7 @@ class QMoEConfig(QuantizationConfigMixin):
         self.__dict__.update({"quant_method": "qmoe", **entries})
         self.verify = verify
         self.cache = CacheOptions(expert_cache, host_cache, policy, page_cache, prefetch)
+        self.cache.check()
         if entries:
             self.parsed()
         elif not _LOADING_TYPES:
@@ -432,6 +448,10 @@ class QMoEQuantizer(HfQuantizer):
     quantization_config: QMoEConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise UnsupportedModelError(
+                "the checkpoint is not packed", field="quantization_config", expected="what qmoe-pack wrote"
+            )
         super().__init__(*args, **kwargs)
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._renamed: list[WeightRenaming] = []
@@ -659,7 +679,9 @@ def module_name(model: transformers.PreTrainedModel, layer: LayerSpec, renamings
         if candidate in modules:
             return candidate
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no module for these experts", field=layer.prefix, expected=name
+        f"the {type(model).__name__} that config.json describes has no module for these experts",
+        field=layer.prefix,
+        expected=name,
     )
 
 
@@ -769,13 +791,22 @@ def _switch_activation(module: torch.nn.Module, layer: LayerSpec) -> torch.nn.Mo
 
 def _compare_shapes(layer: LayerSpec, packed: dict[str, tuple[int, ...]], module: torch.nn.Module) -> None:
     model = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+    apart = {name.partition(".")[0] for name in model if name.startswith("expert_")}
+    experts = len(apart) or max(shape[0] for shape in model.values())
+    if layer.experts != experts:
+        raise HeaderError(
+            "the packed layer has another number of experts than the model that config.json describes",
+            field=layer.prefix,
+            value=layer.experts,
+            expected=experts,
+        )
     if packed != model:
         name = min(name for name in packed.keys() | model.keys() if packed.get(name) != model.get(name))
         raise HeaderError(
             "the packed layer does not fit the model that config.json describes",
             field=f"{layer.prefix}: {name}",
-            value=packed.get(name),
-            expected=model.get(name),
+            value=packed.get(name, "nothing"),
+            expected=model.get(name, "nothing"),
         )
 
 

@@ -483,6 +483,28 @@ def test_what_from_pretrained_refuses_of_a_cache(tmp_path: Path) -> None:
                 load(model, device_map=device_map, **options)
 
 
+def test_what_is_of_a_cache_is_refused_without_one(tmp_path: Path) -> None:
+    refused: list[dict[str, Any]] = [
+        {"policy": "lfu"},
+        {"host_cache": "1GiB"},
+        {"prefetch": True},
+        {"page_cache": False},
+    ]
+    for options in refused:
+        with pytest.raises(ArgumentError, match=f"{next(iter(options))}: is of an expert cache"):
+            load(tmp_path, **options)
+        with pytest.raises(ArgumentError, match=f"{next(iter(options))}: is of an expert cache"):
+            QMoEConfig(**options)
+
+
+def test_a_checkpoint_that_is_not_packed_is_refused(tmp_path: Path) -> None:
+    packed_family(tmp_path, "olmoe")
+    with pytest.raises(UnsupportedModelError, match="the checkpoint is not packed"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "source", quantization_config=QMoEConfig(expert_cache=3)
+        )
+
+
 def test_a_transformers_that_would_not_heed_a_config_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qmoe_format.transformers._LOADING_TYPES", ())
     with pytest.raises(UnsupportedModelError, match=r"quantization_config: .*would not heed it: call load"):
