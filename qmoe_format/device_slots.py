@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from qmoe_codec.errors import UnsupportedModelError
+from qmoe_codec.errors import ArgumentError, UnsupportedModelError
 from qmoe_gpu_decode import ExpertProjection, LentExperts, torch_ops
 from qmoe_gpu_decode.device import Device, cuda_device
 
@@ -175,6 +175,13 @@ class DeviceSlots:
     streams : Streams
     count, slot_bytes : int
         Slots, and the size of each.
+
+    Raises
+    ------
+    ArgumentError
+        They do not fit the GPU's memory.
+    UnsupportedModelError
+        The memory of `host` cannot be pinned.
     """
 
     in_host_memory = False
@@ -196,7 +203,15 @@ class DeviceSlots:
         streams.pin(host.backing.memory)
         # At the end of the process the system does that
         weakref.finalize(self, streams.unpin, host.backing.memory).atexit = False
-        self._memory = streams.allocate(count * slot_bytes)
+        try:
+            self._memory = streams.allocate(count * slot_bytes)
+        except torch.OutOfMemoryError as error:
+            raise ArgumentError(
+                "more than the GPU's memory has left",
+                field="expert_cache",
+                value=f"{count} slots of {slot_bytes} bytes",
+                expected="fewer",
+            ) from error
         self._slots = [_Slot() for _ in range(count)]
 
     def fill(self, slot: int, key: Key) -> Filled:

@@ -256,6 +256,19 @@ def test_the_tier_in_host_memory(path: Path) -> None:  # noqa: F811
     assert streams.pinned == []
 
 
+def test_more_than_the_memory_of_the_gpu_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def allocate(size: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+
+    streams = LateStreams()
+    monkeypatch.setattr(streams, "allocate", allocate)
+    with (
+        qmoe_format.open(path) as model,
+        pytest.raises(ArgumentError, match=r"expert_cache: more than the GPU's memory.*5 slots of \d+ bytes"),
+    ):
+        gpu_cache(model, 5, streams)
+
+
 # ---- with kernels, on the host -----------------------------------------------------------------------------
 
 
