@@ -303,8 +303,14 @@ class ExpertCache:
 
     def close(self) -> None:
         """Stop the threads and close the files; no expert can be asked for any more."""
-        self._closed = True
-        self._shutdown()
+        with self._lock:
+            self._closed = True
+            self._shutdown()
+            for entry in list(self._entries.values()):
+                if not entry.taken:  # its reader is not coming any more
+                    entry.taken, entry.error = True, _closed()
+                    entry.ready.set()
+            self._released.notify_all()
         self.backing.close()
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -321,7 +327,7 @@ class ExpertCache:
     def lend(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], list[Any]]]:
         """See :meth:`CachedLayer.lend_slots`; `layer` is the number of one."""
         if self._closed:
-            raise ArgumentError("closed", field="expert_cache", expected="a model that is loaded again")
+            raise _closed()
         portion_limit = max(1, self.slots // 2)  # so that a portion can be read while another one is computed
         held: list[_Entry] = []
         waiting: list[tuple[int, _Entry]] = []
@@ -340,6 +346,8 @@ class ExpertCache:
                     with self._lock:
                         missing = self._reserve(layer, experts, missing, portion_limit, held, waiting)
                         if not waiting:
+                            if self._closed:
+                                raise _closed()
                             self._released.wait()
                             continue
                     self._start(waiting)
@@ -461,9 +469,13 @@ class ExpertCache:
 
     def _start(self, entries: Sequence[tuple[int, _Entry]]) -> None:
         """Have the threads read what nobody reads yet."""
-        for _, entry in entries:
-            if not entry.taken:
-                self._readers.submit(_read_if_alive, weakref.ref(self), entry)
+        try:
+            for _, entry in entries:
+                if not entry.taken:
+                    self._readers.submit(_read_if_alive, weakref.ref(self), entry)
+        except RuntimeError:  # no threads any more: the cache was closed, or the interpreter ends
+            if not self.backing.in_host_memory:  # else who waits reads them
+                raise _closed() from None
 
     def _wait(self, entries: list[_Entry]) -> None:
         """Wait until all are there; what no thread has begun with is read here."""
@@ -515,6 +527,10 @@ def _read_if_alive(cache: weakref.ref[ExpertCache], entry: _Entry) -> None:
     alive = cache()
     if alive is not None:
         alive._read(entry)
+
+
+def _closed() -> ArgumentError:
+    return ArgumentError("closed", field="expert_cache", expected="a model that is loaded again")
 
 
 def _slots(size: str | int, slot_bytes: int, place: object) -> int:

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -371,6 +372,39 @@ def test_a_closed_cache_is_refused(path: Path) -> None:
     module.cached.cache.close()
     with pytest.raises(ArgumentError, match="closed"):
         forward(module, 0)
+
+
+def test_who_waits_for_a_slot_learns_that_the_cache_was_closed(path: Path) -> None:
+    cache = cache_of(path, 1)
+    holder = cache.lend(0, [0])
+    next(holder)
+    errors: list[ArgumentError] = []
+
+    def wait(expert: int) -> None:
+        try:
+            ask(cache, 0, [expert])
+        except ArgumentError as error:
+            errors.append(error)
+
+    waiting = [threading.Thread(target=wait, args=(expert,), daemon=True) for expert in (1, 2, 3)]
+    for thread in waiting:
+        thread.start()
+    while len(cache._released._waiters) < len(waiting):  # type: ignore[attr-defined]
+        time.sleep(0.001)
+    cache.close()
+    holder.close()
+    for thread in waiting:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in waiting)
+    assert [str(error) for error in errors] == [str(errors[0])] * 3
+    assert "closed" in str(errors[0])
+
+
+def test_experts_come_when_there_are_no_threads_any_more(path: Path) -> None:
+    """As when the interpreter ends, which stops all pools before it asks for the last things."""
+    cache = cache_of(path, 1)
+    cache._readers.shutdown()
+    assert ask(cache, 0, range(EXPERTS)) == ask(cache_of(path, EXPERTS), 0, range(EXPERTS))
 
 
 # ---- in transformers --------------------------------------------------------------------------------------
