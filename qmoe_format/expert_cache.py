@@ -344,10 +344,10 @@ class ExpertCache:
             while waiting or missing:
                 if not waiting:  # all slots are lent to others; nothing is held here, so they can go on
                     with self._lock:
+                        if self._closed:
+                            raise _closed()
                         missing = self._reserve(layer, experts, missing, portion_limit, held, waiting)
                         if not waiting:
-                            if self._closed:
-                                raise _closed()
                             self._released.wait()
                             continue
                     self._start(waiting)
