@@ -130,7 +130,8 @@ def test_a_forward_pass_over_64_experts_unpacks_none(models: tuple[Path, Path], 
 def test_one_unpacked_matrix_would_be_seen(models: tuple[Path, Path]) -> None:
     _, grown = measure(models, 8)
     _, with_a_matrix = measure(models, 8, "dense")
-    assert with_a_matrix - grown > 0.8 * EXPERT_BF16 / 3
+    # Not all of it: the scratch of unpacking serves the forward pass too
+    assert with_a_matrix - grown > 0.7 * EXPERT_BF16 / 3
 
 
 @pytest.mark.parametrize("tokens", [8, 64])

@@ -289,11 +289,9 @@ def test_an_error_of_all_is_said_once(source: Path, runner: RankRunner, tmp_path
 TWO_NAMESPACES = """
 unshare --net sleep 600 & other=$!
 trap 'kill $other' EXIT
-for tries in 1 2 3 4 5 6 7 8 9 10; do
-    ip link add west type veth peer name east netns $other 2> /dev/null && break
-    sleep 0.1  # until it has a namespace of its own
-done
+until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
 set -e
+ip link add west type veth peer name east netns $other
 there="nsenter --target $other --net"
 ip address add 10.77.0.1/24 dev west
 $there ip address add 10.77.0.2/24 dev east
