@@ -19,9 +19,10 @@ from qmoe_quantize.nearest import ternarize
 from qmoe_quantize.options import HessianOptions, StreamOptions
 from qmoe_quantize.pipeline import expert_layers
 from qmoe_quantize.problem import MatrixGroup
-from qmoe_quantize.recipes import RecipeSettings, ternarize_group
+from qmoe_quantize.recipes import RecipeSettings
 from qmoe_quantize.ternary import TernaryMatrix
 from qmoe_quantize.text import TokenWindows
+from test_recipes import at_bits, entropy_bits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -76,25 +77,6 @@ def trained(
     }
 
 
-def entropy_bits(trits: np.ndarray[Any, np.dtype[np.int8]]) -> float:
-    share = np.clip(np.count_nonzero(trits, axis=1) / trits.shape[1], 1e-9, 1 - 1e-9)
-    return float((-(1 - share) * np.log2(1 - share) - share * np.log2(share / 2)).mean())
-
-
-def at_bits(group: MatrixGroup, bits: float) -> TernaryMatrix:
-    """What `rd` makes of it with no more than so many bits per weight."""
-    low, high, best = 1e-10, 1e2, None
-    for _ in range(12):
-        lam = (low * high) ** 0.5
-        (matrix,) = ternarize_group(group, RecipeSettings("rd", lam=lam))
-        if entropy_bits(matrix.trits) > bits:
-            low = lam
-        else:
-            high, best = lam, matrix
-    assert best is not None
-    return best
-
-
 @pytest.mark.parametrize("role", ["gate", "up", "down"])
 @pytest.mark.parametrize("tokens", [0, 16, 64])
 def test_rd_is_no_worse_than_rounding(tokens: int, role: str, trained: Known) -> None:
@@ -119,4 +101,4 @@ def test_rd_is_no_worse_than_rounding(tokens: int, role: str, trained: Known) ->
     for rule in ("minmax", "lsq"):
         trits, levels = ternarize(group.weight[0].numpy(), rule, "e4m4")
         nearest = TernaryMatrix(trits, levels, 0.0, 0.0)
-        assert error(at_bits(group, entropy_bits(trits))) <= error(nearest), rule
+        assert error(at_bits(group, entropy_bits(trits), RecipeSettings("rd"))) <= error(nearest), rule

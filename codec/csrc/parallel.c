@@ -2,8 +2,8 @@
  * The pool. A job has seats for helpers: one that wakes up takes a seat and then units until none are left. When the
  * caller finds none left it takes the free seats away and waits for those who sit, so that a thread that wakes up
  * late holds nobody up. Units that follow each other go to one thread, since what they read does, too; a thread that
- * has done its own, takes the last one of another. Helpers watch for the next job for a moment before they sleep, since the calls of a
- * forward pass follow each other closely.
+ * has done its own takes the last one of another. Helpers watch for the next job for a moment before they sleep, since
+ * the calls of a forward pass follow each other closely.
  */
 #define _POSIX_C_SOURCE 200809L
 #include "parallel.h"
