@@ -1,7 +1,7 @@
 """Speed of the kernels on a GPU, beside dense bf16 in the same run.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu-h200.json --plot benchmarks/results/gpu-h200.png
-    python benchmarks/gpu.py --qmoe PATH     also the QMoE authors' kernel, from a checkout of theirs
+    python benchmarks/gpu.py --qmoe CHECKOUT     also the QMoE authors' kernel, from a checkout of theirs
     python benchmarks/gpu.py --chart FILE --plot OUT.png     a chart of results that are there already
     python benchmarks/gpu.py --host --shapes 64x96     the same code without a GPU: its times mean nothing
 
@@ -16,7 +16,7 @@ cell is begun after --seconds, so that whoever cuts a run off keeps what it meas
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import functools
 import json
 import multiprocessing
 import os
@@ -26,12 +26,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import qmoe_kernel
 
 P_ZERO = 0.885
 # Six of QMoE's (switch-base and -large, c2048), an expert of Qwen3-30B-A3B, one of DeepSeek-V3.
@@ -47,6 +50,7 @@ SHAPES = [
 ]
 GROUPED = [(64, 1), (64, 8)]  # tokens and choices, of 128 experts
 GROUPED_EXPERTS = 128
+PEER, UNSUPPORTED = "QMoE's kernel", "not supported by the peer"
 SIDES = (2048, 768)  # hidden and intermediate of such a layer
 # Instructions of a warp, counted in the machine code for sm_90; NOTES.md has the count.
 PER_ROW, PER_STEP, PER_CODEWORD = 130, 65, 52  # the last: of each lane
@@ -101,6 +105,10 @@ class OnGpu:
         import torch
 
         return int(torch.cuda.current_stream().cuda_stream)
+
+    def peer(self, source: qmoe_kernel.Source) -> qmoe_kernel.Launcher:
+        """The QMoE authors' kernel, compiled."""
+        return qmoe_kernel.gpu_launcher(source)
 
     def measure(self, calls: list[Callable[[], object]], replays: int) -> dict[str, float]:
         """Time of one call, from a graph of all of them."""
@@ -180,6 +188,9 @@ class OnHost:
 
     def stream(self) -> int | None:
         return None
+
+    def peer(self, source: qmoe_kernel.Source) -> qmoe_kernel.Launcher:
+        return qmoe_kernel.host_launcher(source, self.device)
 
     def measure(self, calls: list[Callable[[], object]], replays: int) -> dict[str, float]:
         times = []
@@ -308,6 +319,52 @@ def measure_tiles(place: OnGpu | OnHost, problem: Problem, tokens: int, replays:
         "unpacked, cuBLAS": place.measure([lambda i=i: unpacked(i) for i in numbers], replays),
         "dense bf16": place.measure([lambda w=w: torch.matmul(x, w.T) for w in problem.dense], replays),
         "relative_error": error,
+    }
+
+
+def measure_qmoe(
+    place: OnGpu | OnHost,
+    problem: Problem,
+    source: qmoe_kernel.Source,
+    launcher: Callable[[], qmoe_kernel.Launcher],
+    replays: int,
+) -> dict[str, Any]:
+    """One token by the QMoE authors' kernel, on the same weights in their layout; and by ours once more."""
+    import torch
+    from qmoe_gpu_decode.device import address
+
+    if problem.shape not in source.launches:
+        shapes = ", ".join("{}x{}".format(*shape) for shape in source.launches)
+        return {UNSUPPORTED: f"its shapes are {shapes}"}
+    launch, run = source.launches[problem.shape], launcher()
+    levels = torch.from_numpy(problem.levels).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    packed = qmoe_kernel.pack(problem.trits, levels)
+    table = place.device.upload(qmoe_kernel.decoding_table())
+    matrices = [
+        [place.device.upload(part) for part in (packed.codewords, packed.offsets, packed.levels)]
+        for _ in range(copies(packed.nbytes, place.l2_bytes))
+    ]
+    rows, columns = problem.shape
+    x = torch.randn(columns, device=place.name).bfloat16()
+    y = torch.zeros(rows, device=place.name, dtype=torch.bfloat16)
+
+    def call(number: int) -> None:  # adds to y, which nobody clears while it is timed: kinder to the peer
+        run(launch, [address(array) for array in (table, *matrices[number], x, y)], place.stream())
+
+    call(0)
+    exact = problem.dense[0].double() @ x.double()
+    error = float((y.double() - exact).norm() / exact.norm())
+    if not error < 1e-2:
+        raise ValueError(f"the peer is wrong by {error}: {problem.shape}")
+    ours = [
+        lambda i=i: torch.ops.qmoe.matmul(problem.handle, x[None], i, rows)
+        for i in range(problem.packed.count)
+    ]
+    return {
+        "ours": place.measure(ours, replays),
+        PEER: place.measure([lambda i=i: call(i) for i in range(len(matrices))], replays),
+        "relative_error": error,
+        "peer_bytes": packed.nbytes,
     }
 
 
@@ -454,9 +511,13 @@ def _compile(kernel: Kernel, shared_limit: int) -> str | None:
 
 def compile_ahead(kernels: Sequence[Kernel], shared_limit: int, jobs: int) -> list[str]:
     """Compile with some processes at once, into CuPy's cache on disk; what went wrong."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, max(1, len(kernels)))) as pool:
-        found = pool.starmap(_compile, [(kernel, shared_limit) for kernel in sorted(kernels)], chunksize=1)
+    found = []
+    with ProcessPoolExecutor(min(jobs, max(1, len(kernels))), multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(_compile, kernel, shared_limit) for kernel in sorted(kernels)]:
+            try:
+                found.append(future.result())
+            except BrokenProcessPool as error:  # one was killed; what is missing compiles when it is used
+                found.append(str(error))
     return [fault for fault in found if fault]
 
 
@@ -496,27 +557,11 @@ def kernels_of(place: OnGpu | OnHost, options: argparse.Namespace) -> set[Kernel
     return listing.kernels  # encode.cu asks the device for a size, so it compiles when it is used
 
 
-def measure_qmoe(place: OnGpu | OnHost, path: Path, replays: int) -> dict[str, Any]:
-    """The QMoE authors' kernel: PATH is a Python file with ``prepare(rows, columns, copies)``.
-
-    It builds their extension from their checkout and returns a list of functions without arguments, one
-    product of one token each, on different matrices; nothing of theirs is kept here.
-    """
-    spec = importlib.util.spec_from_file_location("qmoe_peer", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {
-        f"{rows}x{columns}": place.measure(
-            module.prepare(rows, columns, copies(rows * columns // 10, place.l2_bytes)), replays
-        )
-        for rows, columns in SHAPES[:6]
-    }
-
-
 def chart(results: dict[str, Any], out: Path) -> None:
-    """A roofline: what one and eight tokens took, beside the times that the counts give."""
+    """A roofline: what one and eight tokens took, beside the times that the counts give.
+
+    A shape without a measurement has no bar.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -525,29 +570,40 @@ def chart(results: dict[str, Any], out: Path) -> None:
     device, shapes = results["device"], list(results["shapes"])
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
     for axis, tokens in zip(axes, (1, 8), strict=True):
-        cells = [results["shapes"][shape][f"{tokens} tokens"] for shape in shapes]
+        name = f"{tokens} tokens"
+        bytes_time = _times(results, name, ("counted", "bytes"), 1e6 / device["bytes_per_second"])
+        issue_time = _times(
+            results, name, ("counted", "lane_instructions"), 1e6 / device["lane_instructions_per_second"]
+        )
         bars = {
-            "dense bf16": [c["dense bf16"]["median_us"] for c in cells],
-            "ours": [c["ours"]["median_us"] for c in cells],
-            "our bytes, at full bandwidth": [
-                1e6 * c["counted"]["bytes"] / device["bytes_per_second"] for c in cells
-            ],
-            "our instructions, all issued": [
-                1e6 * c["counted"]["lane_instructions"] / device["lane_instructions_per_second"]
-                for c in cells
-            ],
+            "dense bf16": _times(results, name, ("dense bf16", "median_us")),
+            PEER: _times(results, f"{name}, {PEER}", (PEER, "median_us")),
+            "ours": _times(results, name, ("ours", "median_us")),
+            "our bytes, at full bandwidth": bytes_time,
+            "our instructions, all issued": issue_time,
         }
-        for number, (name, values) in enumerate(bars.items()):
-            axis.bar(np.arange(len(shapes)) + 0.2 * number - 0.3, values, 0.2, label=name)
+        colours = dict(zip(bars, ("C0", "C4", "C1", "C2", "C3"), strict=True))
+        bars = {label: values for label, values in bars.items() if np.isfinite(values).any()}
+        width = 0.8 / max(1, len(bars))
+        for number, (label, values) in enumerate(bars.items()):
+            places = np.arange(len(shapes)) + width * (number + 0.5) - 0.4
+            axis.bar(places, values, width, label=label, color=colours[label])
         axis.set_xticks(range(len(shapes)), shapes, rotation=30)
         axis.set_yscale("log")
         axis.set_title(f"{tokens} token{'s' * (tokens > 1)}")
     axes[0].set_ylabel("µs a product")
-    axes[0].legend()
     figure.suptitle(f"{device['name']}, {results['date']}, p(0) = {P_ZERO}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5)
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
+
+
+def _times(results: dict[str, Any], cell: str, keys: tuple[str, str], unit: float = 1.0) -> list[float]:
+    """A number of a cell, shape by shape; not a number where there is none."""
+    outer, inner = keys
+    found = [cells.get(cell, {}).get(outer, {}).get(inner) for cells in results["shapes"].values()]
+    return [float("nan") if number is None else unit * number for number in found]
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -560,16 +616,20 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for shape, cells in results["shapes"].items():
         for name, cell in cells.items():
-            if isinstance(cell, dict) and "ours" in cell:
+            if "ours" in cell:
                 ours = cell["ours"]["median_us"]
-                peer = cell.get("dense bf16", {}).get("median_us")
-                ratio = f"{peer / ours:6.2f}x dense bf16" if peer else ""
+                ratio = ""
+                for peer in ("dense bf16", PEER):
+                    if peer in cell:
+                        ratio = f"{cell[peer]['median_us'] / ours:6.2f}x {peer}"
                 if "written_bytes" in cell:
                     share = cell["written_bytes"] / (ours * 1e-6) / (results["device"]["bytes_per_second"])
                     ratio = f"{100 * share:5.0f} % of the copy's bandwidth"
                 if "weights" in cell:
                     ratio = f"{cell['weights'] / ours / 1e3:6.1f} Gw/s"
-                lines.append(f"{shape:12} {name:15} {ours:9.2f} us {ratio}")
+                lines.append(f"{shape:12} {name:23} {ours:9.2f} us {ratio}")
+            elif UNSUPPORTED in cell:
+                lines.append(f"{shape:12} {name:23} {UNSUPPORTED}: {cell[UNSUPPORTED]}")
     for name, cell in results.get("grouped", {}).items():
         best = min(v["median_us"] for k, v in cell.items() if k.startswith("bf16"))
         lines.append(
@@ -590,7 +650,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="ROWSxCOLUMNS")
     parser.add_argument("--replays", type=int, default=50)
     parser.add_argument("--bits", type=int, choices=(8, 10, 12), default=10, help="of the dictionary")
-    parser.add_argument("--qmoe", type=Path, help="a Python file that prepares the QMoE authors' kernel")
+    parser.add_argument(
+        "--qmoe",
+        type=qmoe_kernel.read_source,
+        metavar="CHECKOUT",
+        help="also the kernel of the QMoE authors' code, as cloned from github.com/IST-DASLab/qmoe",
+    )
     parser.add_argument("--no-grouped", action="store_true")
     parser.add_argument("--experts", type=int, default=GROUPED_EXPERTS, help="of the grouped layer")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
@@ -624,12 +689,19 @@ def cells(place: OnGpu | OnHost, options: argparse.Namespace) -> Iterator[Cell]:
             )
         return measure_grouped(place, layers, tokens, choices, replays)
 
+    peer = functools.cache(lambda: place.peer(options.qmoe))
     for tokens in (1, 8):
         for shape in options.shapes:
             yield (
                 "{}x{}".format(*shape),
                 f"{tokens} tokens",
                 lambda shape=shape, tokens=tokens: measure_product(place, problem(shape), tokens, replays),
+            )
+        for shape in options.shapes if tokens == 1 and options.qmoe else []:
+            yield (
+                "{}x{}".format(*shape),
+                f"1 tokens, {PEER}",
+                lambda shape=shape: measure_qmoe(place, problem(shape), options.qmoe, peer, replays),
             )
     if not options.no_grouped:
         for tokens, choices in GROUPED:
@@ -664,8 +736,6 @@ def cells(place: OnGpu | OnHost, options: argparse.Namespace) -> Iterator[Cell]:
                     place, problem(shape), tokens, min(replays, 20)
                 ),
             )
-    if options.qmoe:
-        yield "qmoe", "1 tokens", lambda: measure_qmoe(place, options.qmoe, replays)
 
 
 def run_cells(todo: Iterator[Cell], results: dict[str, Any], seconds: float, save: Callable[[], None]) -> int:
@@ -683,7 +753,7 @@ def run_cells(todo: Iterator[Cell], results: dict[str, Any], seconds: float, sav
             wrong += 1
         else:
             cell["at_seconds"] = round(time.monotonic() - begin, 1)
-            where = results if part in ("grouped", "qmoe") else results["shapes"]
+            where = results if part == "grouped" else results["shapes"]
             where.setdefault(part, {})[name] = cell
             print(f"{cell['at_seconds']:6.1f} s  {part} {name}", file=sys.stderr, flush=True)
         save()
@@ -699,6 +769,7 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
 
 
 def main(given: list[str] | None = None) -> int:
+    started = time.monotonic()
     options = arguments(given)
     if options.chart:
         chart(json.loads(options.chart.read_text("utf-8")), options.plot)
@@ -715,6 +786,8 @@ def main(given: list[str] | None = None) -> int:
         "device": place.describe(),
         "shapes": {},
     }
+    if options.qmoe:
+        results["peer"] = {"file": options.qmoe.path.name, "sha256": options.qmoe.sha256}
     if not options.host:
         begin = time.monotonic()
         faults = compile_ahead(list(kernels_of(place, options)), place.device.shared_limit, options.jobs)
@@ -722,9 +795,8 @@ def main(given: list[str] | None = None) -> int:
         if faults:
             results["compile_faults"] = faults
             print("\n".join(faults), file=sys.stderr)
-    wrong = run_cells(
-        cells(place, options), results, options.seconds, lambda: write_json(options.json, results)
-    )
+    left = options.seconds - (time.monotonic() - started)
+    wrong = run_cells(cells(place, options), results, left, lambda: write_json(options.json, results))
     write_json(options.json, results)
     print(table(results))
     if options.plot:

@@ -1,13 +1,14 @@
 """All that there is to do on a GPU that is at hand for a few minutes, in one command.
 
-    python benchmarks/gpu_session.py --out FOLDER --seconds 560
+    python benchmarks/gpu_session.py --out FOLDER --seconds 560 [--qmoe CHECKOUT]
 
-On a machine with a GPU, its driver, Python, torch, CuPy, pytest and a C compiler with CMake; no network, and
-nothing of this project installed. In order: what the machine is; build the C core; the kernels' tests, at
-whose first failure all ends; the benchmark (gpu.py); other tunings (gpu_sweep.py); the tests of what is built
-on the kernels; the memory checker, where there is compute-sanitizer. Each stage has a limit, none runs past
---seconds: whatever hangs is ended with all its processes. FOLDER gets a log of each, gpu.json, gpu-sweep.json
-and session.json, written as it goes.
+On a machine with a GPU, its driver, Python, torch, CuPy, pytest, hypothesis and a C compiler with CMake; no
+network, and nothing of this project installed. In order: what the machine is; build the C core; the kernels'
+tests, at whose first failure all ends; the benchmark (gpu.py), with the QMoE authors' kernel where a checkout
+of theirs is at hand; other tunings (gpu_sweep.py); the tests of what is built on the kernels, as far as the
+packages they need are there; the memory checker, where there is compute-sanitizer. Each stage has a limit,
+none runs past --seconds: whatever hangs is ended with all its processes. FOLDER gets a log of each, gpu.json,
+gpu-sweep.json and session.json, written as it goes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,19 +27,25 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import qmoe_kernel
+
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 15  # seconds that a stage may take to end once it begins nothing more
 
 
 @dataclass
 class Stage:
-    """A command with its limit; `needed`: what comes after makes no sense if it fails."""
+    """A command with its limit; `needed`: what comes after makes no sense if it fails.
+
+    One that ran out of time has not failed yet.
+    """
 
     name: str
     command: list[str]
     limit: float
     needed: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    shown: int = 2500  # characters of its log's end
 
 
 @dataclass
@@ -74,6 +82,12 @@ def run_stage(stage: Stage, log: Path, limit: float) -> Outcome:
     return Outcome(stage.name, status, round(time.monotonic() - begin, 1), timed_out)
 
 
+def program(name: str) -> str | None:
+    """Where a program is: on the path, beside Python, or in the CUDA toolkit's folder."""
+    folders = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/local/cuda/bin"]
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
 def has(module: str) -> bool:
     """Whether Python finds it."""
     return importlib.util.find_spec(module) is not None
@@ -89,16 +103,20 @@ def stages(out: Path, options: argparse.Namespace) -> list[Stage]:
         "PYTHONUNBUFFERED": "1",
         "QMOE_LIBRARY": str(build / "libqmoe.so"),
     }
-    test = [*python, "-m", "pytest", "tests/gpu", "-x", "-q", "--tb=long", "-p", "no:cacheprovider"]
-    above = "compiled or module or expert_cache"  # more than the kernels
+    test = [*python, "-m", "pytest", "-x", "-q", "--tb=long", "-p", "no:cacheprovider"]
     test += ["-W", "default"]  # another machine's packages may warn of what ours do not
+    kernels = "tests/gpu/test_cuda.py"
     if has("xdist"):
         test += ["-n", str(options.jobs)]
     if has("pytest_timeout"):
-        test += ["--timeout", "90", "--timeout-method", "thread"]
+        test += ["--timeout", "150", "--timeout-method", "thread"]
     host = ["--host", "--experts", "8"] if options.host else []
     small = ["--shapes", "64x96"] if options.host else []
-    checker = shutil.which("compute-sanitizer")
+    peer = ["--qmoe", str(options.qmoe.path.parent.resolve())] if options.qmoe else []
+    configure = [program("cmake") or "cmake", "-S", "codec", "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+    if not (build / "CMakeCache.txt").exists() and (ninja := program("ninja")):
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]  # some machines have no make
+    checker = program("compute-sanitizer")
     found = [
         Stage("machine", [*python, str(Path(__file__)), "--describe"], 60, environment=environment),
         Stage(
@@ -106,19 +124,24 @@ def stages(out: Path, options: argparse.Namespace) -> list[Stage]:
             [
                 "sh",
                 "-c",
-                f"cmake -S codec -B '{build}' -DCMAKE_BUILD_TYPE=Release && cmake --build '{build}' -j",
+                f"{shlex.join(configure)} && {shlex.join([configure[0], '--build', str(build), '-j'])}",
             ],
             120,
             needed=True,
         ),
         Stage(
-            "tests", [*test, "-k", f"not ({above})"], 180, needed=not options.host, environment=environment
+            "tests",
+            [*test, kernels, "-k", "not compiled"],
+            180,
+            needed=not options.host,
+            environment=environment,
         ),
         Stage(
             "benchmark",
-            [*python, "benchmarks/gpu.py", "--json", str(out / "gpu.json"), *host, *small],
+            [*python, "benchmarks/gpu.py", "--json", str(out / "gpu.json"), *host, *small, *peer],
             240,
             environment=environment,
+            shown=7000,  # the whole table
         ),
         Stage(
             "sweep",
@@ -127,13 +150,20 @@ def stages(out: Path, options: argparse.Namespace) -> list[Stage]:
             environment=environment,
         ),
     ]
-    found.append(Stage("more-tests", [*test, "-k", above], 150, environment=environment))
+    found.append(
+        Stage(
+            "more-tests",
+            [*test, "tests/gpu", "-k", "compiled or modules or expert_cache"],
+            150,
+            environment=environment,
+        )
+    )
     if checker:
         keep = "damaged or test_decode or bytes_of_the_cpu"
         # Each array in memory of its own, so that what lies behind it is nobody's
         exact = {"QMOE_EXACT_BUFFERS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = [checker, "--error-exitcode", "9", "--print-limit", "20", *python, "-m", "pytest"]
-        command += ["tests/gpu", "-x", "-q", "-p", "no:cacheprovider", "-W", "default", "-k", keep]
+        command += [kernels, "-x", "-q", "-p", "no:cacheprovider", "-W", "default", "-k", keep]
         found.append(Stage("memory", command, 150, environment={**environment, **exact}))
     only = set(options.only or [stage.name for stage in found])
     return [stage for stage in found if stage.name in only]
@@ -158,10 +188,10 @@ def run(todo: list[Stage], out: Path, seconds: float) -> int:
         state = "TIMED OUT" if outcome.timed_out else f"status {outcome.status}"
         print(f"==== {stage.name}: {state}, {outcome.seconds} s", flush=True)
         text = log.read_text("utf-8", "replace")
-        print(text[-(4500 if outcome.status else 2500) :], flush=True)
+        print(text[-(max(4500, stage.shown) if outcome.status else stage.shown) :], flush=True)
         if outcome.status:
             worst = worst or outcome.status
-            if stage.needed:
+            if stage.needed and not outcome.timed_out:
                 break
     return worst
 
@@ -188,7 +218,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for logs and results")
     parser.add_argument("--seconds", type=float, default=560, help="for everything")
     parser.add_argument("--only", nargs="+", help="these stages and no others")
-    parser.add_argument("--jobs", type=int, default=8, help="processes of the tests")
+    parser.add_argument(
+        "--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes of the tests"
+    )
+    parser.add_argument(
+        "--qmoe", type=qmoe_kernel.read_source, metavar="CHECKOUT", help="for the benchmark: see gpu.py"
+    )
     parser.add_argument("--host", action="store_true", help="try this file without a GPU")
     parser.add_argument("--describe", action="store_true", help="print what the machine is, and end")
     found = parser.parse_args(given)

@@ -28,12 +28,15 @@ def made_up() -> dict:
         )
         cell = {"ours": times, "dense bf16": gpu.summary([5.0, 5.0, 5.0]), "counted": count}
         shapes[f"{rows}x{columns}"] = {
-            "frame_bytes": 10**5,
             "1 tokens": cell,
             "8 tokens": cell,
             "decode to bf16": {"ours": times, "written_bytes": 10**6},
             "encode": {"ours": times, "weights": 10**6},
+            f"1 tokens, {gpu.PEER}": {"ours": times, gpu.PEER: gpu.summary([20.0, 20.0, 20.0])},
         }
+    shapes["5x7"] = {
+        f"1 tokens, {gpu.PEER}": {gpu.UNSUPPORTED: "its shapes are others"}
+    }  # cut off before ours
     device = {"name": "made up", "bytes_per_second": 4e12, "lane_instructions_per_second": 3e13}
     return {"date": "2000-01-01", "device": device, "shapes": shapes}
 
@@ -52,7 +55,9 @@ def test_counts() -> None:
 
 def test_table_and_chart(tmp_path: Path) -> None:
     results = made_up()
-    assert "2.00x dense bf16" in gpu.table(results)
+    lines = gpu.table(results).splitlines()
+    assert "2.00x dense bf16" in lines[0] and "8.00x QMoE's kernel" in lines[4]
+    assert lines[-1].endswith("not supported by the peer: its shapes are others")
     source, out = tmp_path / "results.json", tmp_path / "chart.png"
     source.write_text(json.dumps(results), "utf-8")
     subprocess.run([sys.executable, BENCHMARKS / "gpu.py", "--chart", source, "--plot", out], check=True)
@@ -170,5 +175,8 @@ def test_a_session_ends_what_hangs_and_what_fails(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert "hangs: TIMED OUT" in printed and "a mismatch" in printed and "never" not in printed
     assert gpu_session.run(todo[2:], tmp_path, 5) == 0 and "no time left" in capsys.readouterr().out
+    # What runs out of time may be right as far as it went
+    slow = replace(todo[0], needed=True)
+    assert gpu_session.run([slow, todo[2]], tmp_path, 100) == 124 and "never" in capsys.readouterr().out
     listed = gpu_session.stages(tmp_path, gpu_session.arguments(["--out", str(tmp_path)]))
     assert [s.name for s in listed][:5] == ["machine", "build", "tests", "benchmark", "sweep"]

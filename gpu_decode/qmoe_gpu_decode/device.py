@@ -93,7 +93,7 @@ def cupy() -> ModuleType:
     return module
 
 
-class _Stream(NamedTuple):
+class StreamPointer(NamedTuple):
     """All that CuPy's launch wants of a stream; its own class for those of others is deprecated."""
 
     ptr: int
@@ -121,7 +121,7 @@ class CudaDevice:
         """See :class:`Device`."""
         function = _function(self.number, file, tuple(sorted(definitions.items())), kernel, self.shared_limit)
         with cupy().cuda.Device(self.number):
-            where = cupy().cuda.get_current_stream() if stream is None else _Stream(stream)
+            where = cupy().cuda.get_current_stream() if stream is None else StreamPointer(stream)
             if definitions.get("OVERLAP"):
                 launch_overlapping(function.kernel.ptr, grid, threads, shared_bytes, arguments, where.ptr)
             else:

@@ -43,10 +43,14 @@ class HostDevice:
     def compile(self, file: str, definitions: Mapping[str, int]) -> Path:
         """Compile one specialisation."""
         source = kernel_source(file, definitions)
+        return self.build(source, kernel_names(source), self.flags)
+
+    def build(self, source: str, kernels: Sequence[str], flags: Sequence[str]) -> Path:
+        """Compile any text; `kernels` are those that can be launched, with their template arguments."""
         calls = "\n".join(
             f'    if (!std::strcmp(name, "{name}"))\n'
             f"        return shim::call({name}, grid, block, shared_bytes, arguments, sizes, count);"
-            for name in kernel_names(source)
+            for name in kernels
         )
         text = (
             f'#include "shim.h"\n{source}\n'
@@ -56,7 +60,7 @@ class HostDevice:
             f"{calls}\n    return 3;\n}}\n"
         )
         shim = Path(__file__).with_name("shim.h")
-        digest = hashlib.sha256("\0".join([text, shim.read_text("utf-8"), *self.flags]).encode()).hexdigest()
+        digest = hashlib.sha256("\0".join([text, shim.read_text("utf-8"), *flags]).encode()).hexdigest()
         library = self.folder / f"{digest[:24]}.so"
         self.units.append(library.with_suffix(".cpp"))
         if not library.exists():
@@ -64,7 +68,7 @@ class HostDevice:
             assert compiler, "there is no C++ compiler"
             unit, made = library.with_suffix(".cpp"), library.with_suffix(f".{os.getpid()}")
             unit.write_text(text, "utf-8")
-            command = [compiler, *self.flags, f"-I{shim.parent}", str(unit), "-o", str(made)]
+            command = [compiler, *flags, f"-I{shim.parent}", str(unit), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[:6000]
             made.rename(library)
@@ -91,11 +95,23 @@ class HostDevice:
         key: Key = (file, tuple(sorted(definitions.items())))
         if key not in self.loaded:
             self.loaded[key] = ctypes.CDLL(str(self.compile(file, definitions)))
+        self.run(self.loaded[key], kernel, grid, threads, shared_bytes, arguments)
+
+    def run(
+        self,
+        library: ctypes.CDLL,
+        kernel: str,
+        grid: tuple[int, int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[np.generic],
+    ) -> None:
+        """Run a kernel of a library that :meth:`build` made."""
         boxes = [self.upload(np.asarray(argument)) for argument in arguments]  # aligned
         pointers = (ctypes.c_void_p * len(boxes))(*[box.ctypes.data for box in boxes])
         sizes = (ctypes.c_uint32 * len(boxes))(*[box.itemsize for box in boxes])
         shape = (ctypes.c_uint32 * 3)(*grid, threads)
-        status = self.loaded[key].shim_launch(
+        status = library.shim_launch(
             kernel.encode(), shape, ctypes.c_uint64(shared_bytes), pointers, sizes, len(boxes)
         )
         assert status == 0, (kernel, "wrong number of arguments, size of one, or name", status)

@@ -5,6 +5,8 @@
 // on a GPU without showing it: lanes that meet at different collectives, threads that leave while others wait, vector
 // accesses that are not aligned, writes behind the shared memory that was asked for. Built with
 // -fsanitize=address,undefined it also finds every access outside of a buffer.
+//
+// SHIM_EXIT_IS_ARRIVAL 1: as on a GPU, a barrier does not wait for threads that left; others' kernels rely on it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -18,6 +20,9 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#ifndef SHIM_EXIT_IS_ARRIVAL
+#define SHIM_EXIT_IS_ARRIVAL 0
+#endif
 #define QMOE_HOST 1
 #define __global__
 #define __device__
@@ -222,11 +227,11 @@ inline void run_block() {
         if (done == threads) {
             return;
         }
-        if (at_barrier != threads) {
+        if (at_barrier + (SHIM_EXIT_IS_ARRIVAL ? done : 0) != threads) {
             shim_fail("some threads of a block left while others wait at a barrier");
         }
         for (u32 i = 0; i < threads; i++) {
-            fibers[i].state = READY;
+            fibers[i].state = fibers[i].state == DONE ? DONE : READY;
         }
     }
 }
@@ -330,6 +335,11 @@ template <class T> inline T __shfl_up_sync(u32 mask, T value, u32 distance) {
     shim::meet("__shfl_up_sync", mask, shim_bits(value));
     u32 lane = shim_lane();
     return shim_value<T>(shim::current->seen[lane >= distance ? lane - distance : lane]);
+}
+template <class T> inline T __shfl_down_sync(u32 mask, T value, u32 distance) {
+    shim::meet("__shfl_down_sync", mask, shim_bits(value));
+    u32 lane = shim_lane();
+    return shim_value<T>(shim::current->seen[lane + distance < shim::LANES ? lane + distance : lane]);
 }
 template <class T> inline T __shfl_xor_sync(u32 mask, T value, u32 distance) {
     shim::meet("__shfl_xor_sync", mask, shim_bits(value));

@@ -9,9 +9,13 @@ import gc
 from pathlib import Path
 from typing import Any
 
-import packed_models
 import pytest
 import torch
+
+pytest.importorskip("transformers", reason="NOT TESTED ON A GPU: transformers is not installed")
+pytest.importorskip("zstandard", reason="NOT TESTED ON A GPU: zstandard is not installed")
+
+import packed_models
 import transformers
 from test_expert_cache import EXPERTS, LAYERS, PREFIXES, packed_family, text_of
 
