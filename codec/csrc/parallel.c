@@ -1,30 +1,37 @@
 /*
- * The pool. A job has seats for helpers: one that wakes up takes a seat and then units until none are left. When the
+ * The pool. A job has seats for helpers: one that comes takes a seat and then units until none are left. When the
  * caller finds none left it takes the free seats away and waits for those who sit, so that a thread that wakes up
  * late holds nobody up. Units that follow each other go to one thread, since what they read does, too; a thread that
  * has done its own takes the last one of another. Helpers watch for the next job for a moment before they sleep, since
- * the calls of a forward pass follow each other closely.
+ * the calls of a forward pass follow each other closely. A short call has no time for a lock to go from one core to
+ * another: who is awake agrees by atomics alone.
  */
 #define _POSIX_C_SOURCE 200809L
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { WATCH_TURNS = 4000 };
+/* Looks until one sleeps, and until one lets other threads have the core, since what is waited for may need it. */
+enum { WATCH_TURNS = 4000, YIELD_TURNS = 500 };
+
+/* Of the number of seats: helpers at work in the low half, free seats in the high half. */
+enum { FREE_SEAT = 1 << 16, TAKEN_SEATS = FREE_SEAT - 1 };
 
 static struct {
-    pthread_mutex_t users; /* held by the call that uses the pool */
-    pthread_mutex_t lock;  /* guards what follows, but for the atomics */
-    pthread_cond_t posted, finished;
-    unsigned helpers, seats;
+    _Alignas(64) atomic_uint seats; /* with the next three, which those who sit read, on one line of the cache */
+    unsigned shares;
     parallel_task task;
     void *context;
-    unsigned shares, seated;
-    atomic_uint sitting;    /* helpers at work */
-    atomic_uint generation; /* of the job; says to those who watch that there is a new one */
+    _Alignas(64) pthread_mutex_t users; /* held by the call that uses the pool */
+    unsigned helpers;                   /* that have been started */
+    pthread_mutex_t lock;               /* for those who sleep */
+    pthread_cond_t posted, finished;
+    atomic_uint sleepers; /* helpers that wait for `posted` */
+    atomic_bool awaited;  /* the caller waits for `finished` */
 } pool = {
     .users = PTHREAD_MUTEX_INITIALIZER,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -55,10 +62,44 @@ static bool take_unit(unsigned share, bool last, unsigned *unit) {
     }
 }
 
-static void pause_briefly(void) {
+static bool is_posted(unsigned seats) { return seats >= FREE_SEAT; }
+static bool is_finished(unsigned seats) { return seats == 0; }
+
+/* Watches the seats for a moment. Whether it came to be so. */
+static bool watch_seats(bool (*so)(unsigned seats)) {
+    for (unsigned turn = 1; turn <= WATCH_TURNS; turn++) {
+        if (so(atomic_load(&pool.seats))) {
+            return true;
+        }
+        if (turn % YIELD_TURNS == 0) {
+            sched_yield();
+        }
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
+        __builtin_ia32_pause();
 #endif
+    }
+    return false;
+}
+
+/* Takes a free seat; its number is that of the thread in the job. False if there is none. */
+static bool take_seat(unsigned *thread) {
+    unsigned seats = atomic_load(&pool.seats);
+    while (is_posted(seats)) {
+        if (atomic_compare_exchange_weak(&pool.seats, &seats, seats - FREE_SEAT + 1)) {
+            *thread = seats / FREE_SEAT;
+            return true;
+        }
+    }
+    return false;
+}
+
+static void leave_seat(void) {
+    /* Either the caller sees that this was the last seat, or it is seen here that the caller sleeps. */
+    if (is_finished(atomic_fetch_sub(&pool.seats, 1) - 1) && atomic_load(&pool.awaited)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_signal(&pool.finished);
+        pthread_mutex_unlock(&pool.lock);
+    }
 }
 
 static void take_units(unsigned thread) {
@@ -70,33 +111,55 @@ static void take_units(unsigned thread) {
     }
 }
 
+static void sleep_until_posted(void) {
+    pthread_mutex_lock(&pool.lock);
+    atomic_fetch_add(&pool.sleepers, 1);
+    while (!is_posted(atomic_load(&pool.seats))) {
+        pthread_cond_wait(&pool.posted, &pool.lock);
+    }
+    atomic_fetch_sub(&pool.sleepers, 1);
+    pthread_mutex_unlock(&pool.lock);
+}
+
 static void *help(void *unused) {
     (void)unused;
-    unsigned seen = 0;
     for (;;) {
-        for (unsigned turn = 0; turn < WATCH_TURNS && atomic_load(&pool.generation) == seen; turn++) {
-            pause_briefly();
+        unsigned thread;
+        if (!watch_seats(is_posted)) {
+            sleep_until_posted();
         }
-        pthread_mutex_lock(&pool.lock);
-        while (pool.seats == 0 || atomic_load(&pool.generation) == seen) {
-            seen = atomic_load(&pool.generation);
-            pthread_cond_wait(&pool.posted, &pool.lock);
+        if (take_seat(&thread)) {
+            take_units(thread);
+            leave_seat();
         }
-        seen = atomic_load(&pool.generation);
-        pool.seats--;
-        unsigned thread = ++pool.seated;
-        atomic_fetch_add(&pool.sitting, 1);
-        pthread_mutex_unlock(&pool.lock);
+    }
+    return NULL;
+}
 
-        take_units(thread);
-
+/* Wakes as many helpers as the free seats want beyond those who are awake. */
+static void wake_helpers(unsigned wanted) {
+    unsigned sleepers = atomic_load(&pool.sleepers), awake = pool.helpers - sleepers;
+    if (awake < wanted) {
         pthread_mutex_lock(&pool.lock);
-        if (atomic_fetch_sub(&pool.sitting, 1) == 1) {
-            pthread_cond_signal(&pool.finished);
+        for (; awake < wanted; awake++) {
+            pthread_cond_signal(&pool.posted);
         }
         pthread_mutex_unlock(&pool.lock);
     }
-    return NULL;
+}
+
+static void wait_until_finished(void) {
+    atomic_fetch_and(&pool.seats, TAKEN_SEATS);
+    if (watch_seats(is_finished)) {
+        return;
+    }
+    pthread_mutex_lock(&pool.lock);
+    atomic_store(&pool.awaited, true);
+    while (!is_finished(atomic_load(&pool.seats))) {
+        pthread_cond_wait(&pool.finished, &pool.lock);
+    }
+    atomic_store(&pool.awaited, false);
+    pthread_mutex_unlock(&pool.lock);
 }
 
 /* After fork() the child has no helpers, and nobody holds the locks. */
@@ -105,8 +168,10 @@ static void forget_helpers(void) {
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.posted, NULL);
     pthread_cond_init(&pool.finished, NULL);
-    pool.helpers = pool.seats = 0;
-    atomic_store(&pool.sitting, 0);
+    pool.helpers = 0;
+    atomic_store(&pool.sleepers, 0);
+    atomic_store(&pool.awaited, false);
+    atomic_store(&pool.seats, 0);
 }
 
 static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_helpers); }
@@ -135,32 +200,17 @@ void qmoe_parallel(unsigned threads, unsigned units, parallel_task task, void *c
         }
         return;
     }
-    pthread_mutex_lock(&pool.lock);
     pool.task = task;
     pool.context = context;
     pool.shares = threads;
-    pool.seated = 0;
     for (unsigned share = 0; share < threads; share++) {
         uint64_t first = (uint64_t)units * share / threads, end = (uint64_t)units * (share + 1) / threads;
         atomic_store(&shares[share].left, units_from(first, end));
     }
-    pool.seats = have_helpers(threads - 1);
-    atomic_fetch_add(&pool.generation, 1);
-    pthread_cond_broadcast(&pool.posted);
-    pthread_mutex_unlock(&pool.lock);
-
+    unsigned helpers = have_helpers(threads - 1);
+    atomic_store(&pool.seats, helpers * FREE_SEAT);
+    wake_helpers(helpers);
     take_units(0);
-
-    pthread_mutex_lock(&pool.lock);
-    pool.seats = 0;
-    pthread_mutex_unlock(&pool.lock);
-    for (unsigned turn = 0; turn < WATCH_TURNS && atomic_load(&pool.sitting); turn++) {
-        pause_briefly();
-    }
-    pthread_mutex_lock(&pool.lock);
-    while (atomic_load(&pool.sitting)) {
-        pthread_cond_wait(&pool.finished, &pool.lock);
-    }
-    pthread_mutex_unlock(&pool.lock);
+    wait_until_finished();
     pthread_mutex_unlock(&pool.users);
 }
