@@ -16,7 +16,9 @@ enum {
     ROWS_PER_UNIT = 32,
     PIECE_TOKENS = 256,
     /* Pieces are taken together until their copies of x take this much. */
-    BATCH_BYTES = 16 << 20
+    BATCH_BYTES = 16 << 20,
+    /* Columns of a block of tokens that are laid out together. */
+    PACK_COLUMNS = 64
 };
 
 typedef struct {
@@ -24,17 +26,19 @@ typedef struct {
     const char *x; /* [tokens][columns] */
     float *y;      /* [tokens][rows] */
     size_t tokens;
-    float *packed;       /* x in the kernels' layout */
-    unsigned first_unit; /* of the batch's units of rows */
+    unsigned stride; /* floats that each element of x takes where one token is multiplied along the phrases, else 0 */
+    float *packed;   /* x in the kernels' layout, if stride is 0 */
+    unsigned first_block, first_unit; /* of the batch's blocks of tokens, and of its units of rows */
 } piece;
 
 typedef struct {
     const qmoe_kernels *kernels;
     int dtype;
     piece *pieces;
-    unsigned piece_count, unit_count;
+    unsigned piece_count, block_count, unit_count;
     uint8_t *scratch;
-    size_t scratch_size; /* of one thread */
+    size_t scratch_size;                   /* of one thread */
+    const piece *laid_out[MAXIMUM_THREADS]; /* the piece of one token whose x each thread has in its scratch */
 } batch;
 
 static size_t dtype_size(int dtype) { return dtype == QMOE_FLOAT32 ? 4 : 2; }
@@ -42,26 +46,24 @@ static size_t dtype_size(int dtype) { return dtype == QMOE_FLOAT32 ? 4 : 2; }
 /* Narrowest vector for this many tokens. */
 static unsigned block_width(size_t tokens) { return tokens <= 4 ? 4 : tokens <= 8 ? 8 : TOKEN_BLOCK; }
 
-/* One token of a coded matrix is multiplied along the phrases. */
-static bool is_single(const piece *work) {
-    return work->tokens == 1 && work->matrix->layout.codec == CODEC_DICTIONARY;
-}
-
-/* Whether its x then lies in pairs, not in triples. */
-static bool takes_pairs(const qmoe_kernels *kernels, const qmoe_matrix *matrix) {
+/* One token of a coded matrix is multiplied along the phrases. Its x then lies in pairs where it can, or in triples. */
+static unsigned place_stride(const qmoe_kernels *kernels, const qmoe_matrix *matrix, uint64_t tokens) {
+    if (tokens != 1 || matrix->layout.codec != CODEC_DICTIONARY) {
+        return 0;
+    }
     bool crowded = false;
     for (uint32_t i = 0; i < matrix->layout.dictionary_count; i++) {
         crowded |= matrix->phrases[i]->crowded;
     }
-    return kernels->rows_sum_pairs && matrix->layout.bits < 16 && matrix->layout.columns <= PAIR_COLUMNS && !crowded;
+    bool pairs = kernels->rows_sum_pairs && matrix->layout.bits < 16 && matrix->layout.columns <= PAIR_COLUMNS;
+    return pairs && !crowded ? PAIR : TRIPLE;
 }
 
 /* Floats that a piece's x takes in the kernels' layout. */
-static size_t packed_floats(const qmoe_kernels *kernels, const piece *work) {
+static size_t packed_floats(const piece *work) {
     size_t columns = work->matrix->layout.columns;
-    if (is_single(work)) {
-        unsigned stride = takes_pairs(kernels, work->matrix) ? PAIR : TRIPLE;
-        return (size_t)round_up((columns + SUM_SLACK + 1) * stride, TOKEN_BLOCK);
+    if (work->stride) {
+        return (size_t)round_up((columns + SUM_SLACK + 1) * work->stride, TOKEN_BLOCK);
     }
     size_t whole = work->tokens / TOKEN_BLOCK, rest = work->tokens % TOKEN_BLOCK;
     size_t floats = (columns + SLACK) * (whole * TOKEN_BLOCK + (rest ? block_width(rest) : 0));
@@ -78,15 +80,28 @@ static float element(const char *x, size_t index, int dtype) {
     return dtype == QMOE_BFLOAT16 ? qmoe_from_bfloat16(bits) : qmoe_from_float16(bits);
 }
 
-/* x of one token: triples (0, x, 0), or pairs (0, x) after one of zeros. */
-static void pack_single(const qmoe_kernels *kernels, const piece *work, int dtype) {
-    size_t columns = work->matrix->layout.columns;
-    bool pairs = takes_pairs(kernels, work->matrix);
-    memset(work->packed, 0, packed_floats(kernels, work) * sizeof *work->packed);
-    float *place = work->packed + (pairs ? PAIR : 0) + 1;
-    for (size_t column = 0; column < columns; column++, place += pairs ? PAIR : TRIPLE) {
-        *place = element(work->x, column, dtype);
+/* Elements of x, each with zeros around it: (0, x), or (0, x, 0). Inlined, so that the loop is made for each stride. */
+static inline void spread(const char *x, size_t columns, int dtype, unsigned stride, float *places) {
+    for (size_t column = 0; column < columns; column++) {
+        for (unsigned k = 0; k < stride; k++) {
+            places[column * stride + k] = k == 1 ? element(x, column, dtype) : 0;
+        }
     }
+}
+
+/* x of one token: triples, or pairs after one of zeros. */
+static void pack_single(const piece *work, int dtype, float *packed) {
+    size_t columns = work->matrix->layout.columns;
+    float *end = packed + packed_floats(work);
+    if (work->stride == PAIR) {
+        memset(packed, 0, PAIR * sizeof *packed);
+        packed += PAIR;
+        spread(work->x, columns, dtype, PAIR, packed);
+    } else {
+        spread(work->x, columns, dtype, TRIPLE, packed);
+    }
+    packed += columns * work->stride;
+    memset(packed, 0, (size_t)(end - packed) * sizeof *packed);
 }
 
 static void pack_block(const piece *work, int dtype, size_t first, float *block) {
@@ -96,10 +111,14 @@ static void pack_block(const piece *work, int dtype, size_t first, float *block)
     if (tokens < width) {
         memset(block, 0, columns * width * sizeof *block);
     }
-    for (size_t token = 0; token < tokens; token++) {
-        const char *x = work->x + (first + token) * columns * dtype_size(dtype);
-        for (size_t column = 0; column < columns; column++) {
-            block[column * width + token] = element(x, column, dtype);
+    /* Some columns of all tokens after the other, so that what is written stays in the nearest cache. */
+    for (size_t done = 0; done < columns; done += PACK_COLUMNS) {
+        size_t end = columns - done < PACK_COLUMNS ? columns : done + PACK_COLUMNS;
+        for (size_t token = 0; token < tokens; token++) {
+            const char *x = work->x + (first + token) * columns * dtype_size(dtype);
+            for (size_t column = done; column < end; column++) {
+                block[column * width + token] = element(x, column, dtype);
+            }
         }
     }
     memset(block + columns * width, 0, SLACK * width * sizeof *block);
@@ -108,29 +127,27 @@ static void pack_block(const piece *work, int dtype, size_t first, float *block)
 static void pack_unit(void *context, unsigned unit, unsigned thread) {
     (void)thread;
     const batch *all = context;
-    const piece *work = all->pieces + unit;
-    if (is_single(work)) {
-        pack_single(all->kernels, work, all->dtype);
-        return;
+    unsigned number = 0;
+    while (number + 1 < all->piece_count && all->pieces[number + 1].first_block <= unit) {
+        number++;
     }
-    float *block = work->packed;
-    for (size_t first = 0; first < work->tokens; first += TOKEN_BLOCK) {
-        pack_block(work, all->dtype, first, block);
-        block += ((size_t)work->matrix->layout.columns + SLACK) * TOKEN_BLOCK;
-    }
+    const piece *work = all->pieces + number;
+    size_t first = (size_t)(unit - work->first_block) * TOKEN_BLOCK;
+    pack_block(work, all->dtype, first, work->packed + ((size_t)work->matrix->layout.columns + SLACK) * first);
 }
 
 /* ---- one token ---- */
 
-static void multiply_token(const qmoe_kernels *kernels, const piece *work, uint32_t first_row, uint32_t row_count) {
+static void multiply_token(const qmoe_kernels *kernels, const piece *work, const float *x, uint32_t first_row,
+                           uint32_t row_count) {
     const qmoe_matrix *matrix = work->matrix;
     codeword_source sources[ROWS_PER_UNIT];
     const phrase_tables *phrases[ROWS_PER_UNIT];
     uint32_t counts[ROWS_PER_UNIT];
     float sums[ROWS_PER_UNIT][2], levels[ROWS_PER_UNIT][2];
     qmoe_row_sources(matrix, first_row, row_count, sources, counts, phrases);
-    (takes_pairs(kernels, matrix) ? kernels->rows_sum_pairs : kernels->rows_sum)(
-        row_count, sources, counts, phrases, matrix->layout.columns, work->packed, sums);
+    (work->stride == PAIR ? kernels->rows_sum_pairs : kernels->rows_sum)(row_count, sources, counts, phrases,
+                                                                         matrix->layout.columns, x, sums);
     qmoe_rows_levels(matrix, first_row, row_count, levels);
     for (uint32_t row = 0; row < row_count; row++) {
         work->y[first_row + row] = levels[row][1] * sums[row][1] + levels[row][0] * sums[row][0];
@@ -229,8 +246,14 @@ static void multiply_unit(void *context, unsigned unit, unsigned thread) {
     uint32_t first_row = (unit - work->first_unit) * ROWS_PER_UNIT;
     uint32_t row_count = layout->rows - first_row < ROWS_PER_UNIT ? layout->rows - first_row : ROWS_PER_UNIT;
     uint8_t *scratch = all->scratch + thread * all->scratch_size;
-    if (is_single(work)) {
-        multiply_token(all->kernels, work, first_row, row_count);
+    if (work->stride) {
+        /* Each thread lays x out for itself: what another has just written takes longer to fetch than to make. */
+        float *x = (float *)(void *)scratch;
+        if (all->laid_out[thread] != work) {
+            pack_single(work, all->dtype, x);
+            all->laid_out[thread] = work;
+        }
+        multiply_token(all->kernels, work, x, first_row, row_count);
     } else if (layout->columns <= LIST_COLUMNS) {
         multiply_tokens(all->kernels, work, first_row, row_count, scratch);
     } else {
@@ -240,17 +263,22 @@ static void multiply_unit(void *context, unsigned unit, unsigned thread) {
 
 static bool run_batch(batch *all, unsigned threads) {
     size_t floats = 0, room = 0;
-    all->unit_count = 0;
+    all->block_count = all->unit_count = 0;
     for (unsigned i = 0; i < all->piece_count; i++) {
         piece *work = all->pieces + i;
-        size_t columns = work->matrix->layout.columns;
-        floats += packed_floats(all->kernels, work);
-        /* Nothing; or two lists for each row of a unit, and a row of trits behind them; or a row of trits alone. */
-        size_t needed = (columns + SLACK) * (columns <= LIST_COLUMNS ? (ROWS_PER_UNIT + 1) * 2 * sizeof(uint16_t) : 1);
-        needed = is_single(work) ? 0 : needed;
-        room = needed > room ? needed : room;
+        size_t columns = work->matrix->layout.columns, needed;
+        work->first_block = all->block_count;
         work->first_unit = all->unit_count;
         all->unit_count += (work->matrix->layout.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
+        if (work->stride) {
+            needed = packed_floats(work) * sizeof(float);
+        } else {
+            /* Two lists for each row of a unit, and a row of trits behind them; or a row of trits alone. */
+            needed = (columns + SLACK) * (columns <= LIST_COLUMNS ? (ROWS_PER_UNIT + 1) * 2 * sizeof(uint16_t) : 1);
+            floats += packed_floats(work);
+            all->block_count += (unsigned)((work->tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK);
+        }
+        room = needed > room ? needed : room;
     }
     threads = threads < all->unit_count ? threads : all->unit_count;
     all->scratch_size = (size_t)round_up(room, 64);
@@ -258,12 +286,12 @@ static bool run_batch(batch *all, unsigned threads) {
     all->scratch = qmoe_scratch(SCRATCH_ROWS, (threads ? threads : 1) * all->scratch_size);
     bool enough = packed && all->scratch;
     if (enough) {
-        float *next = packed;
         for (unsigned i = 0; i < all->piece_count; i++) {
-            all->pieces[i].packed = next;
-            next += packed_floats(all->kernels, all->pieces + i);
+            all->pieces[i].packed = packed;
+            packed += all->pieces[i].stride ? 0 : packed_floats(all->pieces + i);
         }
-        qmoe_parallel(threads, all->piece_count, pack_unit, all);
+        memset(all->laid_out, 0, threads * sizeof *all->laid_out);
+        qmoe_parallel(threads, all->block_count, pack_unit, all);
         qmoe_parallel(threads, all->unit_count, multiply_unit, all);
     }
     return enough;
@@ -303,9 +331,10 @@ qmoe_status qmoe_grouped_matmul(const qmoe_matrix *const *matrices, const uint64
             *work = (piece){.matrix = matrix,
                             .x = (const char *)x + token * matrix->layout.columns * dtype_size((int)dtype),
                             .y = y + token * matrix->layout.rows,
-                            .tokens = (size_t)some};
+                            .tokens = (size_t)some,
+                            .stride = place_stride(all.kernels, matrix, some)};
             token += some;
-            bytes += packed_floats(all.kernels, work) * sizeof(float);
+            bytes += work->stride ? 0 : packed_floats(work) * sizeof(float);
             if (bytes >= BATCH_BYTES) {
                 enough = run_batch(&all, threads);
                 all.piece_count = 0;
