@@ -418,6 +418,21 @@ def test_experts_are_multiplied_in_one_call(sizes: list[int], columns: int, seed
         assert np.allclose(y[start:end], x[start:end] @ matrix.dequantize().T, atol=1e-4)
 
 
+@pytest.mark.parametrize("p_zero", [0.3, 0.9])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 300])
+def test_threads_change_no_bit(tokens: int, p_zero: float) -> None:
+    """Many tokens: one thread takes 64 of 290 rows at a time, two take 32. A p_zero of 0.3 is stored raw."""
+    generator = np.random.default_rng(tokens)
+    encoder = DictionarySet()
+    trits = random_trits((290, 75), p_zero, 5)
+    matrix = Matrix(encoder.encode(trits, generator.normal(size=(290, 2))), encoder.dictionaries)
+    x = generator.normal(size=(tokens, 75)).astype(np.float32)
+    y = matrix.matmul(x, threads=1)
+    assert np.allclose(y, x @ matrix.dequantize().T, atol=1e-4)
+    for threads in (2, 3, 8):
+        assert np.array_equal(y, matrix.matmul(x, threads=threads))
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8, 17, 300])
 def test_inputs_of_16_bits_are_taken_as_they_are(tokens: int) -> None:
     encoder = DictionarySet()

@@ -204,7 +204,7 @@ static qmoe_status decode_all(decoding *work, unsigned threads, qmoe_error *erro
     if (!work->scratch) {
         return qmoe_fail(error, QMOE_MEMORY, "columns", layout->columns, "enough memory");
     }
-    qmoe_parallel(threads, units, decode_unit, work);
+    qmoe_parallel(threads, units, 0, decode_unit, work);
     qmoe_scratch_done();
     return QMOE_OK;
 }

@@ -14,11 +14,16 @@
 
 enum {
     ROWS_PER_UNIT = 32,
+    /* Of more than a block of tokens, whose x then comes from far caches half as often, if there are units enough. */
+    ROWS_PER_TALL_UNIT = 64,
+    UNITS_PER_THREAD = 4,
     PIECE_TOKENS = 256,
     /* Pieces are taken together until their copies of x take this much. */
     BATCH_BYTES = 16 << 20,
     /* Columns of a block of tokens that are laid out together. */
-    PACK_COLUMNS = 64
+    PACK_COLUMNS = 64,
+    /* Units with many tokens that are left to the thread that has their x in its caches: to fetch it takes that long. */
+    KEPT_UNITS = 2
 };
 
 typedef struct {
@@ -28,6 +33,7 @@ typedef struct {
     size_t tokens;
     unsigned stride; /* floats that each element of x takes where one token is multiplied along the phrases, else 0 */
     float *packed;   /* x in the kernels' layout, if stride is 0 */
+    uint32_t unit_rows;
     unsigned first_block, first_unit; /* of the batch's blocks of tokens, and of its units of rows */
 } piece;
 
@@ -167,6 +173,8 @@ static void sum_lists(const qmoe_kernels *kernels, const piece *work, uint32_t f
                       uint32_t row_count) {
     uint32_t rows = work->matrix->layout.rows, columns = work->matrix->layout.columns;
     const float *block = work->packed;
+    /* Lines of y lie whole rows apart, mostly in few sets of the cache: so each is written once, not row by row. */
+    float tile[TOKEN_BLOCK][ROWS_PER_TALL_UNIT];
     for (size_t first = 0; first < work->tokens; first += TOKEN_BLOCK) {
         size_t tokens = work->tokens - first < TOKEN_BLOCK ? work->tokens - first : TOKEN_BLOCK;
         for (uint32_t row = 0; row < row_count; row++) {
@@ -174,8 +182,11 @@ static void sum_lists(const qmoe_kernels *kernels, const piece *work, uint32_t f
             qmoe_row_levels(work->matrix, first_row + row, levels);
             kernels->list_sum(lists + row, block, block_width(tokens), levels, sums);
             for (size_t token = 0; token < tokens; token++) {
-                work->y[(first + token) * rows + first_row + row] = sums[token];
+                tile[token][row] = sums[token];
             }
+        }
+        for (size_t token = 0; token < tokens; token++) {
+            memcpy(work->y + (first + token) * rows + first_row, tile[token], row_count * sizeof(float));
         }
         block += ((size_t)columns + SLACK) * TOKEN_BLOCK;
     }
@@ -186,16 +197,16 @@ static void multiply_tokens(const qmoe_kernels *kernels, const piece *work, uint
     const qmoe_matrix *matrix = work->matrix;
     uint32_t columns = matrix->layout.columns;
     /* With one block of tokens a list is used at once, while it is in the nearest cache. */
-    uint32_t together = work->tokens <= TOKEN_BLOCK ? 1 : ROWS_PER_UNIT;
+    uint32_t together = work->tokens <= TOKEN_BLOCK ? 1 : work->unit_rows;
     bool raw = matrix->layout.codec == CODEC_RAW;
     row_cursor cursor = raw ? (row_cursor){0} : qmoe_rows_from(matrix, first_row);
-    row_lists lists[ROWS_PER_UNIT];
+    row_lists lists[ROWS_PER_TALL_UNIT];
     for (uint32_t done = 0; done < row_count; done += together) {
         uint32_t some = row_count - done < together ? row_count - done : together;
         for (uint32_t row = 0; row < some; row++) {
             lists[row] = lists_of(scratch, row, columns);
             if (raw) {
-                int8_t *trits = (int8_t *)lists_of(scratch, ROWS_PER_UNIT, columns).highs;
+                int8_t *trits = (int8_t *)lists_of(scratch, work->unit_rows, columns).highs;
                 qmoe_decode_raw(matrix, (uint64_t)(first_row + done + row) * columns, columns, trits);
                 kernels->list_trits(trits, columns, lists + row);
                 continue;
@@ -243,8 +254,8 @@ static void multiply_unit(void *context, unsigned unit, unsigned thread) {
     }
     piece *work = all->pieces + number;
     const frame_layout *layout = &work->matrix->layout;
-    uint32_t first_row = (unit - work->first_unit) * ROWS_PER_UNIT;
-    uint32_t row_count = layout->rows - first_row < ROWS_PER_UNIT ? layout->rows - first_row : ROWS_PER_UNIT;
+    uint32_t first_row = (unit - work->first_unit) * work->unit_rows;
+    uint32_t row_count = layout->rows - first_row < work->unit_rows ? layout->rows - first_row : work->unit_rows;
     uint8_t *scratch = all->scratch + thread * all->scratch_size;
     if (work->stride) {
         /* Each thread lays x out for itself: what another has just written takes longer to fetch than to make. */
@@ -266,15 +277,18 @@ static bool run_batch(batch *all, unsigned threads) {
     all->block_count = all->unit_count = 0;
     for (unsigned i = 0; i < all->piece_count; i++) {
         piece *work = all->pieces + i;
-        size_t columns = work->matrix->layout.columns, needed;
+        size_t rows = work->matrix->layout.rows, columns = work->matrix->layout.columns, needed;
+        bool tall = work->tokens > TOKEN_BLOCK && rows / ROWS_PER_TALL_UNIT >= (size_t)threads * UNITS_PER_THREAD;
+        work->unit_rows = tall ? ROWS_PER_TALL_UNIT : ROWS_PER_UNIT;
         work->first_block = all->block_count;
         work->first_unit = all->unit_count;
-        all->unit_count += (work->matrix->layout.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
+        all->unit_count += (unsigned)((rows + work->unit_rows - 1) / work->unit_rows);
         if (work->stride) {
             needed = packed_floats(work) * sizeof(float);
         } else {
             /* Two lists for each row of a unit, and a row of trits behind them; or a row of trits alone. */
-            needed = (columns + SLACK) * (columns <= LIST_COLUMNS ? (ROWS_PER_UNIT + 1) * 2 * sizeof(uint16_t) : 1);
+            size_t each = columns <= LIST_COLUMNS ? ((size_t)work->unit_rows + 1) * 2 * sizeof(uint16_t) : 1;
+            needed = (columns + SLACK) * each;
             floats += packed_floats(work);
             all->block_count += (unsigned)((work->tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK);
         }
@@ -291,8 +305,10 @@ static bool run_batch(batch *all, unsigned threads) {
             packed += all->pieces[i].stride ? 0 : packed_floats(all->pieces + i);
         }
         memset(all->laid_out, 0, threads * sizeof *all->laid_out);
-        qmoe_parallel(threads, all->block_count, pack_unit, all);
-        qmoe_parallel(threads, all->unit_count, multiply_unit, all);
+        /* A thread lays out x for the rows that it will have. */
+        unsigned kept = all->piece_count > 1 && all->block_count > all->piece_count ? KEPT_UNITS : 0;
+        qmoe_parallel(threads, all->block_count, kept ? all->block_count : 0, pack_unit, all);
+        qmoe_parallel(threads, all->unit_count, kept, multiply_unit, all);
     }
     return enough;
 }
@@ -317,7 +333,7 @@ qmoe_status qmoe_grouped_matmul(const qmoe_matrix *const *matrices, const uint64
         tokens = group_ends[group];
     }
     size_t piece_limit = group_count + (size_t)(tokens / PIECE_TOKENS);
-    batch all = {.kernels = qmoe_chosen_kernels(),
+    _Alignas(PAIR_OF_LINES) batch all = {.kernels = qmoe_chosen_kernels(),
                  .dtype = (int)dtype,
                  .pieces = qmoe_scratch(SCRATCH_PIECES, piece_limit * sizeof(piece))};
     bool enough = all.pieces != NULL;

@@ -22,11 +22,11 @@ enum { WATCH_TURNS = 4000, YIELD_TURNS = 500 };
 enum { FREE_SEAT = 1 << 16, TAKEN_SEATS = FREE_SEAT - 1 };
 
 static struct {
-    _Alignas(64) atomic_uint seats; /* with the next three, which those who sit read, on one line of the cache */
-    unsigned shares;
+    _Alignas(PAIR_OF_LINES) atomic_uint seats; /* with the next four, which those who sit read, on one line of the cache */
+    unsigned shares, kept;
     parallel_task task;
     void *context;
-    _Alignas(64) pthread_mutex_t users; /* held by the call that uses the pool */
+    _Alignas(PAIR_OF_LINES) pthread_mutex_t users; /* held by the call that uses the pool */
     unsigned helpers;                   /* that have been started */
     pthread_mutex_t lock;               /* for those who sleep */
     pthread_cond_t posted, finished;
@@ -41,22 +41,24 @@ static struct {
 
 /* Units that are left of each thread's share: the first in the low half, the one behind the last in the high half. */
 static struct {
-    _Alignas(64) _Atomic(uint64_t) left; /* on a line of its own */
+    _Alignas(PAIR_OF_LINES) _Atomic(uint64_t) left;
+    uint32_t begin;                      /* the first of all */
 } shares[MAXIMUM_THREADS];
 
 static uint64_t units_from(uint64_t first, uint64_t end) { return end << 32 | first; }
 
-/* Takes a share's first unit, or its last. False if none is left. */
-static bool take_unit(unsigned share, bool last, unsigned *unit) {
+/* Takes the first unit of the thread's own share, or the last of another's. False if none is left for it. */
+static bool take_unit(unsigned share, bool own, unsigned *unit) {
     uint64_t left = atomic_load(&shares[share].left);
     for (;;) {
         uint64_t first = (uint32_t)left, end = left >> 32;
-        if (first == end) {
+        bool begun = first != shares[share].begin;
+        if (first == end || (!own && begun && end - first <= pool.kept)) {
             return false;
         }
-        uint64_t rest = last ? units_from(first, end - 1) : units_from(first + 1, end);
+        uint64_t rest = own ? units_from(first + 1, end) : units_from(first, end - 1);
         if (atomic_compare_exchange_weak(&shares[share].left, &left, rest)) {
-            *unit = (unsigned)(last ? end - 1 : first);
+            *unit = (unsigned)(own ? first : end - 1);
             return true;
         }
     }
@@ -105,16 +107,17 @@ static void leave_seat(void) {
 static void take_units(unsigned thread) {
     for (unsigned turn = 0; turn < pool.shares; turn++) {
         unsigned unit;
-        while (take_unit((thread + turn) % pool.shares, turn != 0, &unit)) {
+        while (take_unit((thread + turn) % pool.shares, turn == 0, &unit)) {
             pool.task(pool.context, unit, thread);
         }
     }
 }
 
-static void sleep_until_posted(void) {
+/* One that is woken too late for a job does not sleep on, but watches: the next one may well come soon. */
+static void sleep_until_woken(void) {
     pthread_mutex_lock(&pool.lock);
     atomic_fetch_add(&pool.sleepers, 1);
-    while (!is_posted(atomic_load(&pool.seats))) {
+    if (!is_posted(atomic_load(&pool.seats))) {
         pthread_cond_wait(&pool.posted, &pool.lock);
     }
     atomic_fetch_sub(&pool.sleepers, 1);
@@ -126,7 +129,7 @@ static void *help(void *unused) {
     for (;;) {
         unsigned thread;
         if (!watch_seats(is_posted)) {
-            sleep_until_posted();
+            sleep_until_woken();
         }
         if (take_seat(&thread)) {
             take_units(thread);
@@ -191,7 +194,7 @@ static unsigned have_helpers(unsigned wanted) {
     return pool.helpers < wanted ? pool.helpers : wanted;
 }
 
-void qmoe_parallel(unsigned threads, unsigned units, parallel_task task, void *context) {
+void qmoe_parallel(unsigned threads, unsigned units, unsigned kept, parallel_task task, void *context) {
     threads = threads < units ? threads : units;
     threads = threads < MAXIMUM_THREADS ? threads : MAXIMUM_THREADS;
     if (threads <= 1 || pthread_mutex_trylock(&pool.users) != 0) {
@@ -203,8 +206,10 @@ void qmoe_parallel(unsigned threads, unsigned units, parallel_task task, void *c
     pool.task = task;
     pool.context = context;
     pool.shares = threads;
+    pool.kept = kept;
     for (unsigned share = 0; share < threads; share++) {
         uint64_t first = (uint64_t)units * share / threads, end = (uint64_t)units * (share + 1) / threads;
+        shares[share].begin = (uint32_t)first;
         atomic_store(&shares[share].left, units_from(first, end));
     }
     unsigned helpers = have_helpers(threads - 1);
