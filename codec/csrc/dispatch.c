@@ -17,7 +17,8 @@ static const qmoe_kernels *choose(void) {
         __builtin_cpu_supports("avx512vl")) {
         usable[count++] = &qmoe_kernels_avx512;
 #if QMOE_HAVE_AVX512VBMI
-        if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2")) {
+        if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+            __builtin_cpu_supports("avx512ifma")) {
             usable[count++] = &qmoe_kernels_avx512vbmi;
         }
 #endif

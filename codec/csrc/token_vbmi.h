@@ -1,7 +1,7 @@
 /*
- * One token, with AVX-512 (VBMI, VBMI2): eight phrases at a time become a list of places in x, the lists of a few rows
- * are made before they are added up, and all loops of these rows run equally often. So nothing waits, and hardly a
- * branch is guessed wrong.
+ * One token, with AVX-512 (VBMI, VBMI2, IFMA): eight phrases at a time become places in x, which are put one behind the
+ * other in a list for each row. The lists of a few rows are made before they are added up, side by side, so that what is
+ * read has left the queue of stores, and the end of a loop is guessed wrong once for all of them.
  *
  * x lies in pairs: behind a pair of zeros, column c is the floats 0 and x[c] at place 2 (c + 1). Two floats from that
  * place on add x[c] to the second of two sums, from the place behind it to the first. Place 0 adds nothing.
@@ -16,14 +16,16 @@
 #include <string.h>
 
 enum {
-    /* Rows whose lists are made before they are added up, so that what is read has left the queue of stores. */
+    /* Rows side by side. The sums are written out for four. */
     LISTED_ROWS = 4,
     /* Phrases of each at a time: some 2,000 columns, so that their x stays in the nearest cache. */
     PART = 144,
-    /* Phrases of a step, places kept for each step, and those that are always added up: hardly any step has more. */
+    /* Phrases of a step, places that a step stores, and places of a row that are added up together. */
     STEP = 8,
-    ROOM = 32,
-    FEW = 18
+    STORED = 32,
+    TAKEN = 4,
+    /* Room for the places of a part, for a step stored behind them, and so that not all begin in the same lines. */
+    LIST = 3 * PART + STORED + 32
 };
 
 /* Where 32 codewords lie in the bytes from the first one's on. */
@@ -55,31 +57,28 @@ static inline __m512i bytes_before(const uint8_t *bytes, const uint8_t *limit) {
 }
 
 /*
- * Indices of `count` phrases from number `first` on, and behind them up to `room` the index of none. `second`: whether
- * the first is of T1. Returns whether the one behind them is.
+ * Indices of `count` codewords from number `first` on, 32 at a time: so behind them those of up to 31 others.
+ * `second`: whether the first is of T1. Returns whether the one behind the last is.
  */
-static inline bool indices_of_part(const codeword_source *source, uint64_t first, uint32_t count, uint32_t room,
-                                   const codeword_lanes starts[4], bool second, uint16_t none, uint16_t *indices) {
+static inline bool list_indices(const codeword_source *source, uint64_t first, uint32_t count,
+                                const codeword_lanes starts[4], bool second, uint16_t *indices) {
     const uint32_t bits = source->bits, table = source->threshold >> bits ? 0 : 1u << bits;
     const codeword_lanes *lanes = starts + first * bits % 8 / 2;
     const uint8_t *bytes = source->array + first * bits / 8;
     const __m512i field = _mm512_set1_epi16((int16_t)((1u << bits) - 1));
     const __m512i threshold = _mm512_set1_epi16((int16_t)source->threshold);
-    const __m512i tables = _mm512_set1_epi16((int16_t)table), nones = _mm512_set1_epi16((int16_t)none);
-    uint32_t carry = second;
-    for (uint32_t i = 0; i < room; i += 32, bytes += 4 * (size_t)bits) {
+    const __m512i tables = _mm512_set1_epi16((int16_t)table);
+    uint32_t above = (uint32_t)second << 31;
+    for (uint32_t i = 0; i < count; i += 32, bytes += 4 * (size_t)bits) {
         __builtin_prefetch(bytes + AHEAD);
         __m512i codewords = _mm512_permutexvar_epi8(lanes->bytes, bytes_before(bytes, source->limit));
         codewords = _mm512_and_si512(_mm512_srlv_epi16(codewords, lanes->shift), field);
-        uint32_t above = _mm512_cmpge_epu16_mask(codewords, threshold);
-        __m512i found = _mm512_or_si512(codewords, _mm512_maskz_mov_epi16(above << 1 | carry, tables));
-        carry = above >> 31;
-        if (count < i + 32) {
-            found = _mm512_mask_mov_epi16(found, ~lanes_below_32(count > i ? count - i : 0), nones);
-        }
+        uint32_t before = above >> 31;
+        above = _mm512_cmpge_epu16_mask(codewords, threshold);
+        __m512i found = _mm512_or_si512(codewords, _mm512_maskz_mov_epi16(above << 1 | before, tables));
         _mm512_storeu_si512(indices + i, found);
     }
-    return count && (indices[count - 1] & ((1u << bits) - 1)) >= source->threshold;
+    return count && (above >> (count - 1) % 32 & 1);
 }
 
 /* Entries of four phrases, four bytes each. */
@@ -88,10 +87,81 @@ static inline __m128i four_slots(const phrase_slots *table, const uint16_t *indi
     for (unsigned k = 0; k < 4; k++) {
         memcpy(entries + k, table + indices[k], sizeof entries[k]);
     }
-    __m128i four = _mm_cvtsi32_si128(entries[0]);
-    four = _mm_insert_epi32(four, entries[1], 1);
-    four = _mm_insert_epi32(four, entries[2], 2);
-    return _mm_insert_epi32(four, entries[3], 3);
+    return _mm_unpacklo_epi64(_mm_insert_epi32(_mm_cvtsi32_si128(entries[0]), entries[1], 1),
+                              _mm_insert_epi32(_mm_cvtsi32_si128(entries[2]), entries[3], 1));
+}
+
+static inline __m256i eight_slots(const phrase_slots *table, const uint16_t *indices) {
+    return _mm256_set_m128i(four_slots(table, indices + 4), four_slots(table, indices));
+}
+
+/*
+ * The places of eight phrases' non-zeros, zeros behind them; `count` is how many there are. `start` is the place of the
+ * first phrase's first column, in three lanes of 16 bits of every 64; it becomes that of the column after the last.
+ */
+static inline __m512i places_of(__m256i entries, __m512i *start, uint32_t *count) {
+    /* The lengths of the phrases up to the own one, for each of eight phrases: the last byte of every entry. */
+    const __m512i ends = _mm512_set1_epi64(INT64_C(0x1F1B17130F0B0703));
+    const __mmask64 up_to_own = UINT64_C(0xFF7F3F1F0F070301);
+    __m512i lengths = _mm512_maskz_permutexvar_epi8(up_to_own, ends, _mm512_castsi256_si512(entries));
+    __m512i passed = _mm512_sad_epu8(lengths, _mm512_setzero_si512());
+    /* By a multiplication to the lanes of all three places: shuffles are what limits this. */
+    __m512i end = _mm512_madd52lo_epu64(*start, passed, _mm512_set1_epi64(INT64_C(0x000100010001)));
+    *start = _mm512_permutexvar_epi64(_mm512_set1_epi64(7), end);
+    __mmask32 nonzero = _mm256_test_epi8_mask(entries, _mm256_set1_epi32(0x00FFFFFF));
+    *count = (uint32_t)__builtin_popcount(nonzero);
+    return _mm512_maskz_compress_epi16(nonzero, _mm512_sub_epi16(end, _mm512_cvtepu8_epi16(entries)));
+}
+
+/*
+ * Stores that wait. Where a step's places go is known late, when those before it have been counted, and a store whose
+ * address is not known delays all that comes behind it. So each waits until the third after it has been found.
+ */
+typedef struct {
+    __m512i places;
+    uint16_t *list;
+} waiting_store;
+
+typedef struct {
+    waiting_store next, second, third;
+} waiting_stores;
+
+static inline void store(waiting_store step) { _mm512_storeu_si512(step.list, step.places); }
+
+static inline void store_after_others(waiting_stores *waiting, __m512i places, uint16_t *list) {
+    store(waiting->next);
+    waiting->next = waiting->second;
+    waiting->second = waiting->third;
+    waiting->third = (waiting_store){places, list};
+}
+
+/*
+ * Lists the places of the non-zeros of `count` phrases; the last stores wait, and may store STORED places behind the
+ * list's end. `place` is that of the first phrase's first column; it becomes that of the column after the last. Returns
+ * the list's length.
+ */
+static inline uint32_t list_places(const uint16_t *indices, uint32_t count, const phrase_slots *table, uint16_t *place,
+                                   uint16_t *list, waiting_stores *waiting) {
+    const uint16_t *whole = indices + count / STEP * STEP;
+    __m512i start = _mm512_set1_epi16((int16_t)*place);
+    uint16_t *next = list;
+    uint32_t found;
+    waiting_stores last = *waiting; /* in registers */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 3 /* so that none of them is moved from one to another */
+#endif
+    for (; indices < whole; indices += STEP, next += found) {
+        store_after_others(&last, places_of(eight_slots(table, indices), &start, &found), next);
+    }
+    if (count % STEP) {
+        __mmask8 ours = (__mmask8)((1u << count % STEP) - 1);
+        __m256i entries = _mm256_maskz_mov_epi32(ours, eight_slots(table, indices));
+        store_after_others(&last, places_of(entries, &start, &found), next);
+        next += found;
+    }
+    *waiting = last;
+    *place = (uint16_t)_mm_cvtsi128_si32(_mm512_castsi512_si128(start));
+    return (uint32_t)(next - list);
 }
 
 /* Two floats of x from each place on; what follows them is added too, and not looked at. */
@@ -99,99 +169,111 @@ static inline __m128 add_place(__m128 sums, const float *x, size_t place) {
     return _mm_add_ps(sums, _mm_loadu_ps(x + place));
 }
 
-/*
- * Lists the places of the non-zeros of `count` phrases, a multiple of STEP: those of a step from a multiple of ROOM on,
- * zeros behind them. What a step has beyond FEW is added to the sums, unless it lies behind `limit`. `place` is that of
- * the first phrase's first column; returns that of the column after the last.
- */
-static inline uint16_t list_places(const uint16_t *indices, uint32_t count, const phrase_slots *table, uint16_t place,
-                                   const float *x, uint32_t limit, uint16_t *list, __m128 *sums) {
-    /* The lengths of the phrases up to the own one, for each of eight phrases: the last byte of every entry. */
-    const __m512i ends = _mm512_set1_epi64(INT64_C(0x1F1B17130F0B0703));
-    const __mmask64 up_to_own = UINT64_C(0xFF7F3F1F0F070301);
-    const __m512i spread = _mm512_set4_epi32(0x09080908, 0x09080908, 0x01000100, 0x01000100);
-    const __m512i last = _mm512_set1_epi64(7), positions = _mm512_set1_epi64(INT64_C(0x0000FFFFFFFFFFFF));
-    __m512i start = _mm512_set1_epi16((int16_t)place);
-    for (uint32_t i = 0; i < count; i += STEP, indices += STEP, list += ROOM) {
-        __m256i entries = _mm256_set_m128i(four_slots(table, indices + 4), four_slots(table, indices));
-        __m512i lengths = _mm512_maskz_permutexvar_epi8(up_to_own, ends, _mm512_castsi256_si512(entries));
-        __m512i passed = _mm512_shuffle_epi8(_mm512_sad_epu8(lengths, _mm512_setzero_si512()), spread);
-        __m512i end = _mm512_add_epi16(start, passed), back = _mm512_cvtepu8_epi16(entries);
-        start = _mm512_permutexvar_epi64(last, end);
-        __mmask32 nonzero = _mm512_test_epi16_mask(back, positions);
-        _mm512_store_si512(list, _mm512_maskz_compress_epi16(nonzero, _mm512_sub_epi16(end, back)));
-        uint32_t found = (uint32_t)__builtin_popcount(nonzero);
-        for (uint32_t k = FEW; __builtin_expect(k < found, 0); k++) {
-            *sums = add_place(*sums, x, list[k] <= limit ? list[k] : 0);
-        }
+/* Adds the first `count` places of each list, or up to TAKEN - 1 more, to its row's sums. */
+static inline void add_lists(uint16_t lists[LISTED_ROWS][LIST], uint32_t count, const float *x, __m128 *sums) {
+    __m128 a = sums[0], b = sums[1], c = sums[2], d = sums[3], e = _mm_setzero_ps(), f = e, g = e, h = e;
+    const uint16_t *list = lists[0];
+    for (const uint16_t *end = list + count; list < end; list += TAKEN) {
+#define ADD_FOUR(ROW, FIRST, SECOND)                                                                                 \
+    do {                                                                                                             \
+        uint64_t four;                                                                                               \
+        memcpy(&four, list + (ROW) * LIST, sizeof four);                                                             \
+        __asm__("" : "+r"(four)); /* or it would be taken apart into four loads */                                   \
+        uint32_t early = (uint32_t)four, late = (uint32_t)(four >> 32);                                              \
+        __asm__("" : "+r"(late)); /* or every place would be shifted out of all four */                              \
+        FIRST = add_place(FIRST, x, (uint16_t)early);                                                                \
+        SECOND = add_place(SECOND, x, early >> 16);                                                                  \
+        FIRST = add_place(FIRST, x, (uint16_t)late);                                                                 \
+        SECOND = add_place(SECOND, x, late >> 16);                                                                   \
+    } while (0)
+        ADD_FOUR(0, a, e);
+        ADD_FOUR(1, b, f);
+        ADD_FOUR(2, c, g);
+        ADD_FOUR(3, d, h);
+#undef ADD_FOUR
+        __asm__ volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d), "+x"(e), "+x"(f), "+x"(g), "+x"(h));
     }
-    return (uint16_t)_mm_cvtsi128_si32(_mm512_castsi512_si128(start));
+    sums[0] = _mm_add_ps(a, e);
+    sums[1] = _mm_add_ps(b, f);
+    sums[2] = _mm_add_ps(c, g);
+    sums[3] = _mm_add_ps(d, h);
 }
 
-/* Sums over the first FEW places of each step: in named variables, two places a load, so that few loads wait. */
-static inline __m128 sum_places(const uint16_t *list, uint32_t steps, const float *x) {
-    __m128 a = _mm_setzero_ps(), b = a, c = a, d = a, e = a, f = a, g = a, h = a;
-    for (uint32_t step = 0; step < steps; step++, list += ROOM) {
-#define ADD_TWO(FROM, FIRST, SECOND)                                                                                 \
-    do {                                                                                                             \
-        uint32_t two;                                                                                                \
-        memcpy(&two, list + (FROM), sizeof two);                                                                     \
-        __asm__("" : "+r"(two)); /* or it would be taken apart into two loads */                                     \
-        FIRST = add_place(FIRST, x, (uint16_t)two);                                                                  \
-        SECOND = add_place(SECOND, x, two >> 16);                                                                    \
-    } while (0)
-        ADD_TWO(0, a, b);
-        ADD_TWO(2, c, d);
-        ADD_TWO(4, e, f);
-        ADD_TWO(6, g, h);
-        __asm__ volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d), "+x"(e), "+x"(f), "+x"(g), "+x"(h));
-        ADD_TWO(8, a, b);
-        ADD_TWO(10, c, d);
-        ADD_TWO(12, e, f);
-        ADD_TWO(14, g, h);
-        __asm__ volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d), "+x"(e), "+x"(f), "+x"(g), "+x"(h));
-        ADD_TWO(16, a, b);
-#undef ADD_TWO
-    }
-    return _mm_add_ps(_mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)), _mm_add_ps(_mm_add_ps(e, f), _mm_add_ps(g, h)));
+/* Zeros, which add nothing, behind a list's `length` places, up to `needed` and a step more. */
+static inline void fill_up(uint16_t *list, uint32_t length, uint32_t needed) {
+    do {
+        _mm512_storeu_si512(list + length, _mm512_setzero_si512());
+        length += STORED;
+    } while (__builtin_expect(length < needed + TAKEN, 0));
 }
 
 /* Sums of up to LISTED_ROWS rows, part by part. */
 static inline void sum_listed(unsigned rows, const codeword_source *sources, const uint32_t *counts,
                               const phrase_tables *const *phrases, const codeword_lanes starts[4], uint32_t columns,
                               const float *x, float (*sums)[2]) {
-    _Alignas(64) uint16_t lists[LISTED_ROWS][PART / STEP * ROOM + ROOM]; /* not all at the same lines of the cache */
-    uint16_t indices[LISTED_ROWS][PART + 32], places[LISTED_ROWS];
-    bool second[LISTED_ROWS];
+    _Alignas(64) uint16_t lists[LISTED_ROWS][LIST];
+    uint16_t indices[LISTED_ROWS][PART + 32], nowhere[STORED];
+    const uint16_t *own[LISTED_ROWS] = {NULL};
+    uint16_t places[LISTED_ROWS];
+    uint32_t lengths[LISTED_ROWS] = {0}, most = 0, all = 0;
+    bool second[LISTED_ROWS], together = true;
     __m128 added[LISTED_ROWS];
     _Static_assert(PAIR * (1 + PAIR_COLUMNS + SLACK + PART * MAXIMUM_PHRASE) <= UINT16_MAX, "places have 16 bits");
-    uint32_t most = 0;
-    for (unsigned row = 0; row < rows; row++) {
-        most = counts[row] > most ? counts[row] : most;
+    for (unsigned row = 0; row < LISTED_ROWS; row++) {
         places[row] = PAIR;
         second[row] = false;
         added[row] = _mm_setzero_ps();
     }
+    for (unsigned row = 0; row < rows; row++) {
+        most = counts[row] > most ? counts[row] : most;
+        together &= sources[row].first == sources->first + all && sources[row].threshold == sources->threshold;
+        all += counts[row];
+    }
     const uint32_t limit = PAIR * (1 + columns + SLACK), parts = (most + PART - 1) / PART;
     const uint32_t size = parts ? (uint32_t)round_up((most + parts - 1) / parts, STEP) : 0;
+    /* The codewords of short rows follow each other, and are taken as if they were one row's. */
+    together &= parts == 1;
+    if (together) {
+        list_indices(sources, sources->first, all, starts, false, indices[0]);
+        memset(indices[0] + all, 0, STEP * sizeof **indices); /* looked at, with the last phrases */
+    }
     for (uint32_t done = 0; done < most; done += size) {
+        uint32_t some[LISTED_ROWS], longest = 0;
         for (unsigned row = 0; row < rows; row++) {
             uint32_t left = counts[row] > done ? counts[row] - done : 0;
             /* A damaged row that has left x is over: so no part comes round to its beginning again. */
             left = places[row] <= limit ? left : 0;
-            second[row] = indices_of_part(sources + row, sources[row].first + done, left < size ? left : size, size,
-                                          starts, second[row], (uint16_t)phrases[row]->entries, indices[row]);
+            some[row] = left < size ? left : size;
+            own[row] = indices[row];
+            if (!together) {
+                second[row] = list_indices(sources + row, sources[row].first + done, some[row], starts, second[row],
+                                           indices[row]);
+            }
         }
-        for (unsigned row = 0; row < rows; row++) {
-            places[row] = list_places(indices[row], size, phrases[row]->slots, places[row], x, limit, lists[row],
-                                      added + row);
+        if (together) {
+            uint16_t *next = indices[0];
+            for (unsigned row = 0; row < rows; row++) {
+                own[row] = next;
+                *next &= (uint16_t)((1u << sources->bits) - 1); /* a row begins in T0 */
+                next += counts[row];
+            }
         }
+        const waiting_store none = {_mm512_setzero_si512(), nowhere};
+        waiting_stores waiting = {none, none, none};
         for (unsigned row = 0; row < rows; row++) {
-            for (uint32_t i = 0; __builtin_expect(places[row] > limit, 0) && i < size / STEP * ROOM; i++) {
+            lengths[row] = list_places(own[row], some[row], phrases[row]->slots, places + row, lists[row], &waiting);
+            longest = lengths[row] > longest ? lengths[row] : longest;
+        }
+        store(waiting.next);
+        store(waiting.second);
+        store(waiting.third);
+        for (unsigned row = 0; row < LISTED_ROWS; row++) {
+            fill_up(lists[row], lengths[row], longest);
+            for (uint32_t i = 0; __builtin_expect(places[row] > limit, 0) && i < lengths[row]; i++) {
                 lists[row][i] = lists[row][i] <= limit ? lists[row][i] : 0; /* of a damaged row, what has left x */
             }
-            added[row] = _mm_add_ps(added[row], sum_places(lists[row], size / STEP, x));
         }
+        add_lists(lists, longest, x, added);
     }
     for (unsigned row = 0; row < rows; row++) {
         _mm_storel_pi((__m64 *)(void *)sums[row], added[row]);
