@@ -49,8 +49,6 @@ static uint32_t bits_from_float(float value) {
     return bits;
 }
 
-float qmoe_from_bfloat16(uint16_t bits) { return float_from_bits((uint32_t)bits << 16); }
-
 float qmoe_from_float16(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16;
     uint32_t rest = bits & 0x7FFF;

@@ -58,7 +58,12 @@ static inline uint64_t round_up(uint64_t number, uint64_t multiple) {
     return (number + multiple - 1) / multiple * multiple;
 }
 
-float qmoe_from_bfloat16(uint16_t bits);
+static inline float qmoe_from_bfloat16(uint16_t bits) {
+    uint32_t whole = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &whole, sizeof value);
+    return value;
+}
 float qmoe_from_float16(uint16_t bits);
 uint16_t qmoe_to_bfloat16(float value);
 uint16_t qmoe_to_float16(float value);

@@ -25,7 +25,10 @@ enum {
     STORED = 32,
     TAKEN = 4,
     /* Room for the places of a part, for a step stored behind them, and so that not all begin in the same lines. */
-    LIST = 3 * PART + STORED + 32
+    LIST = 3 * PART + STORED + 32,
+    /* Bytes from one that could be the same as another, by its last bits; and how far behind x the lists seem to begin. */
+    ALIAS = 4096,
+    APART = 512
 };
 
 /* Where 32 codewords lie in the bytes from the first one's on. */
@@ -211,9 +214,13 @@ static inline void fill_up(uint16_t *list, uint32_t length, uint32_t needed) {
 static inline void sum_listed(unsigned rows, const codeword_source *sources, const uint32_t *counts,
                               const phrase_tables *const *phrases, const codeword_lanes starts[4], uint32_t columns,
                               const float *x, float (*sums)[2]) {
-    _Alignas(64) uint16_t lists[LISTED_ROWS][LIST];
+    _Alignas(64) uint16_t buffer[LISTED_ROWS * LIST + ALIAS / 2];
+    /* A load waits for a store before it whose address ends in the same twelve bits: so x and the lists are kept apart. */
+    size_t skipped = ((uintptr_t)x + APART - (uintptr_t)buffer) % ALIAS / 64 * 64;
+    uint16_t(*lists)[LIST] = (uint16_t(*)[LIST])(void *)((char *)buffer + skipped);
     uint16_t indices[LISTED_ROWS][PART + 32], nowhere[STORED];
     const uint16_t *own[LISTED_ROWS] = {NULL};
+    const phrase_slots *tables[LISTED_ROWS];
     uint16_t places[LISTED_ROWS];
     uint32_t lengths[LISTED_ROWS] = {0}, most = 0, all = 0;
     bool second[LISTED_ROWS], together = true;
@@ -228,6 +235,7 @@ static inline void sum_listed(unsigned rows, const codeword_source *sources, con
         most = counts[row] > most ? counts[row] : most;
         together &= sources[row].first == sources->first + all && sources[row].threshold == sources->threshold;
         all += counts[row];
+        tables[row] = phrases[row]->slots;
     }
     const uint32_t limit = PAIR * (1 + columns + SLACK), parts = (most + PART - 1) / PART;
     const uint32_t size = parts ? (uint32_t)round_up((most + parts - 1) / parts, STEP) : 0;
@@ -261,7 +269,7 @@ static inline void sum_listed(unsigned rows, const codeword_source *sources, con
         const waiting_store none = {_mm512_setzero_si512(), nowhere};
         waiting_stores waiting = {none, none, none};
         for (unsigned row = 0; row < rows; row++) {
-            lengths[row] = list_places(own[row], some[row], phrases[row]->slots, places + row, lists[row], &waiting);
+            lengths[row] = list_places(own[row], some[row], tables[row], places + row, lists[row], &waiting);
             longest = lengths[row] > longest ? lengths[row] : longest;
         }
         store(waiting.next);

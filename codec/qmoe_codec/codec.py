@@ -371,10 +371,10 @@ class Matrix:
         error.raise_for(
             core.library().qmoe_matrix_matmul(
                 self.handle,
-                array.ctypes.data,
+                core.address(array),
                 core.DTYPES[dtype],
                 tokens,
-                y.ctypes.data,
+                core.address(y),
                 _threads(threads),
                 core.byref(error),
             )
@@ -422,11 +422,11 @@ def experts_matmul(
     error.raise_for(
         core.library().qmoe_grouped_matmul(
             handles,
-            ends.ctypes.data,
+            core.address(ends),
             len(matrices),
-            array.ctypes.data,
+            core.address(array),
             core.DTYPES[dtype],
-            y.ctypes.data,
+            core.address(y),
             _threads(threads),
             core.byref(error),
         )

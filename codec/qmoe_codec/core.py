@@ -23,6 +23,9 @@ from ctypes import (
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .errors import FORMAT_ERRORS, ArgumentError, FormatError, MissingPackageError, QMoEError
 
 SKIP_BODY = 1
@@ -65,6 +68,13 @@ class Error(ctypes.Structure):
             kind = FORMAT_ERRORS[_STATUS_KINDS[status - 1]]
         message = "illegal" if issubclass(kind, FormatError) else "not usable"
         raise kind(message, field=self.field.decode(), value=self.value, expected=self.expected.decode())
+
+
+def address(array: NDArray[np.generic]) -> int:
+    """Where a contiguous array begins, in a quarter of the time that ``array.ctypes`` takes."""
+    if array.size and array.flags.writeable:
+        return ctypes.addressof(c_char.from_buffer(array.data))
+    return array.ctypes.data
 
 
 class DictionaryInfo(ctypes.Structure):
