@@ -24,8 +24,8 @@ enum {
     STEP = 8,
     STORED = 32,
     TAKEN = 4,
-    /* Room for the places of a part, for a step stored behind them, and so that not all begin in the same lines. */
-    LIST = 3 * PART + STORED + 32,
+    /* Room for the places of a part, and for zeros behind them. */
+    LIST = 3 * PART + 2 * STORED,
     /* Bytes from one that could be the same as another, by its last bits; and how far behind x the lists seem to begin. */
     ALIAS = 4096,
     APART = 512
@@ -204,10 +204,12 @@ static inline void add_lists(uint16_t lists[LISTED_ROWS][LIST], uint32_t count, 
 
 /* Zeros, which add nothing, behind a list's `length` places, up to `needed` and a step more. */
 static inline void fill_up(uint16_t *list, uint32_t length, uint32_t needed) {
-    do {
-        _mm512_storeu_si512(list + length, _mm512_setzero_si512());
-        length += STORED;
-    } while (__builtin_expect(length < needed + TAKEN, 0));
+    uint32_t filled = length + 2 * STORED; /* nearly always enough, so that nothing is to be guessed */
+    _mm512_storeu_si512(list + length, _mm512_setzero_si512());
+    _mm512_storeu_si512(list + length + STORED, _mm512_setzero_si512());
+    for (; __builtin_expect(filled < needed + TAKEN, 0); filled += STORED) {
+        _mm512_storeu_si512(list + filled, _mm512_setzero_si512());
+    }
 }
 
 /* Sums of up to LISTED_ROWS rows, part by part. */

@@ -22,6 +22,7 @@ from ctypes import (
 )
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,8 @@ class Error(ctypes.Structure):
 def address(array: NDArray[np.generic]) -> int:
     """Where a contiguous array begins, in a quarter of the time that ``array.ctypes`` takes."""
     if array.size and array.flags.writeable:
-        return ctypes.addressof(c_char.from_buffer(array.data))
+        buffer: Any = array
+        return ctypes.addressof(c_char.from_buffer(buffer))
     return array.ctypes.data
 
 
