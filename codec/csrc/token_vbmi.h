@@ -28,7 +28,7 @@ enum {
     LIST = 3 * PART + 2 * STORED,
     /* Bytes from one that could be the same as another, by its last bits; and how far behind x the lists seem to begin. */
     ALIAS = 4096,
-    APART = 512
+    APART = 768
 };
 
 /* Where 32 codewords lie in the bytes from the first one's on. */
