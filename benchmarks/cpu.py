@@ -2,10 +2,11 @@
 
     python benchmarks/cpu.py [--json FILE] [--plot FILE] [--shapes 768x3072 ...]
 
-Weights are cold: each measurement goes round enough copies to leave the caches, of different matrices, so that
-the processor cannot learn where loops over one of them end. Reported are medians over all calls and their
-quartiles, in 10^9 weights per second (Gw/s). Peers: zstd over five trits a byte, and torch's dense products in
-float32 and bfloat16, all on one thread. What two threads give torch says what the machine has to give.
+Weights are cold: each measurement goes round enough copies to leave the caches, of different matrices, so
+that the processor cannot learn where loops over one of them end. Reported are medians over all calls and
+their quartiles, in 10^9 weights per second (Gw/s). Peers: zstd over five trits a byte, and torch's dense
+products in float32 and bfloat16, all on one thread. What two threads give torch says what the machine has
+to give.
 """
 
 from __future__ import annotations

@@ -433,6 +433,20 @@ def test_threads_change_no_bit(tokens: int, p_zero: float) -> None:
         assert np.array_equal(y, matrix.matmul(x, threads=threads))
 
 
+@pytest.mark.parametrize("groups", [(17, 1), (1, 17), (3, 1, 3), (1, 0, 2)])
+def test_threads_change_no_bit_of_groups(groups: tuple[int, ...]) -> None:
+    """A thread may come back to a group of one token after it has had rows of a group of many."""
+    generator = np.random.default_rng(0)
+    encoder = DictionarySet()
+    matrix = Matrix(encoder.encode(random_trits((290, 211), 0.9), np.ones((290, 2))), encoder.dictionaries)
+    ends = np.cumsum(groups)
+    x = generator.normal(size=(ends[-1], 211)).astype(np.float32)
+    y = experts_matmul([matrix] * len(groups), x, ends, threads=1)
+    for threads in (2, 3, 4, 8):
+        for _ in range(20):
+            assert np.array_equal(y, experts_matmul([matrix] * len(groups), x, ends, threads=threads))
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8, 17, 300])
 def test_inputs_of_16_bits_are_taken_as_they_are(tokens: int) -> None:
     encoder = DictionarySet()

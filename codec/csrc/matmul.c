@@ -265,7 +265,10 @@ static void multiply_unit(void *context, unsigned unit, unsigned thread) {
             all->laid_out[thread] = work;
         }
         multiply_token(all->kernels, work, x, first_row, row_count);
-    } else if (layout->columns <= LIST_COLUMNS) {
+        return;
+    }
+    all->laid_out[thread] = NULL; /* lists and trits go where it lay */
+    if (layout->columns <= LIST_COLUMNS) {
         multiply_tokens(all->kernels, work, first_row, row_count, scratch);
     } else {
         qmoe_decode_rows(work->matrix, first_row, row_count, multiply_trits, work, (int8_t *)scratch);
