@@ -26,7 +26,7 @@ enum {
     TAKEN = 4,
     /* Room for the places of a part, and for zeros behind them. */
     LIST = 3 * PART + 2 * STORED,
-    /* Bytes from one that could be the same as another, by its last bits; and how far behind x the lists seem to begin. */
+    /* What addresses are compared by, and how far behind x the lists seem to begin by that. */
     ALIAS = 4096,
     APART = 768
 };
@@ -217,7 +217,7 @@ static inline void sum_listed(unsigned rows, const codeword_source *sources, con
                               const phrase_tables *const *phrases, const codeword_lanes starts[4], uint32_t columns,
                               const float *x, float (*sums)[2]) {
     _Alignas(64) uint16_t buffer[LISTED_ROWS * LIST + ALIAS / 2];
-    /* A load waits for a store before it whose address ends in the same twelve bits: so x and the lists are kept apart. */
+    /* A load seems to wait for a store whose address ends in the same twelve bits: so lists are kept apart from x. */
     size_t skipped = ((uintptr_t)x + APART - (uintptr_t)buffer) % ALIAS / 64 * 64;
     uint16_t(*lists)[LIST] = (uint16_t(*)[LIST])(void *)((char *)buffer + skipped);
     uint16_t indices[LISTED_ROWS][PART + 32], nowhere[STORED];
