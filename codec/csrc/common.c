@@ -37,12 +37,6 @@ char *qmoe_error_message(const qmoe_error *error, char *message, size_t size) {
     return message;
 }
 
-static float float_from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 static uint32_t bits_from_float(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);

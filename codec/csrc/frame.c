@@ -311,10 +311,7 @@ uint32_t qmoe_matrix_columns(const qmoe_matrix *matrix) { return matrix->layout.
 
 /* (16 + low four bits) * 2^(high four bits + level_exponent - 4), which is always a normal number (spec 4.1). */
 static float e4m4(uint8_t byte, int level_exponent) {
-    uint32_t bits = byte ? (uint32_t)(127 + byte / 16 + level_exponent) << 23 | (uint32_t)(byte % 16) << 19 : 0;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return float_from_bits(byte ? (uint32_t)(127 + byte / 16 + level_exponent) << 23 | (uint32_t)(byte % 16) << 19 : 0);
 }
 
 static inline void row_levels(const qmoe_matrix *matrix, uint32_t row, float levels[2]) {

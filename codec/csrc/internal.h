@@ -58,12 +58,13 @@ static inline uint64_t round_up(uint64_t number, uint64_t multiple) {
     return (number + multiple - 1) / multiple * multiple;
 }
 
-static inline float qmoe_from_bfloat16(uint16_t bits) {
-    uint32_t whole = (uint32_t)bits << 16;
+static inline float float_from_bits(uint32_t bits) {
     float value;
-    memcpy(&value, &whole, sizeof value);
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+static inline float qmoe_from_bfloat16(uint16_t bits) { return float_from_bits((uint32_t)bits << 16); }
 float qmoe_from_float16(uint16_t bits);
 uint16_t qmoe_to_bfloat16(float value);
 uint16_t qmoe_to_float16(float value);

@@ -59,7 +59,7 @@ static phrase_tables *build_phrases(const qmoe_dictionary *dictionary) {
     uint32_t block = longest <= 32 ? 32 : longest <= 64 ? 64 : 128;
     /* Lines of 64 bytes hold whole entries; the tables follow each other from the largest alignment on. */
     size_t sizes[6] = {entries * block, entries * sizeof(phrase_lists), (entries + 1) * sizeof(phrase_sums),
-                       (entries + 1) * sizeof(phrase_slots), 2 * entries, entries};
+                       entries * sizeof(phrase_slots), 2 * entries, entries};
     size_t header = round_up(sizeof(phrase_tables), 64);
     size_t total = round_up(header + sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5], 64);
     uint8_t *memory = aligned_alloc(64, total);

@@ -13,7 +13,7 @@
  * lengths  its length in trits
  * measures the same, and UNUSED where there is none: so that eight of them can be added before one looks for it
  * sums     for one token: where to add x up. See rows_sum. One more than `entries`: the last is of no length.
- * slots    the same in half the bytes, for x in pairs. See token_vbmi.h. One more than `entries`, too.
+ * slots    the same in half the bytes, for x in pairs. See token_vbmi.h.
  * lists    for many tokens: where the non-zeros are. See list_row.
  */
 

@@ -46,10 +46,6 @@ static inline codeword_lanes lanes_from(uint32_t bits, uint32_t first_bit) {
                             _mm512_and_si512(bit, _mm512_set1_epi16(7))};
 }
 
-static inline uint32_t lanes_below_32(uint32_t count) {
-    return count < 32 ? (UINT32_C(1) << count) - 1 : UINT32_MAX;
-}
-
 /* 64 bytes, and zeros for those at or behind the limit. */
 static inline __m512i bytes_before(const uint8_t *bytes, const uint8_t *limit) {
     int64_t left = limit - bytes;
@@ -249,23 +245,20 @@ static inline void sum_listed(unsigned rows, const codeword_source *sources, con
     }
     for (uint32_t done = 0; done < most; done += size) {
         uint32_t some[LISTED_ROWS], longest = 0;
+        uint16_t *next = indices[0];
         for (unsigned row = 0; row < rows; row++) {
             uint32_t left = counts[row] > done ? counts[row] - done : 0;
             /* A damaged row that has left x is over: so no part comes round to its beginning again. */
             left = places[row] <= limit ? left : 0;
             some[row] = left < size ? left : size;
-            own[row] = indices[row];
-            if (!together) {
-                second[row] = list_indices(sources + row, sources[row].first + done, some[row], starts, second[row],
-                                           indices[row]);
-            }
-        }
-        if (together) {
-            uint16_t *next = indices[0];
-            for (unsigned row = 0; row < rows; row++) {
+            if (together) {
                 own[row] = next;
                 *next &= (uint16_t)((1u << sources->bits) - 1); /* a row begins in T0 */
                 next += counts[row];
+            } else {
+                own[row] = indices[row];
+                second[row] = list_indices(sources + row, sources[row].first + done, some[row], starts, second[row],
+                                           indices[row]);
             }
         }
         const waiting_store none = {_mm512_setzero_si512(), nowhere};
