@@ -113,8 +113,8 @@ static inline __m512i places_of(__m256i entries, __m512i *start, uint32_t *count
 }
 
 /*
- * Stores that wait. Where a step's places go is known late, when those before it have been counted, and a store whose
- * address is not known delays all that comes behind it. So each waits until the third after it has been found.
+ * A store that waits. Where a step's places go is known late, when those before it have been counted, and a store whose
+ * address is not known delays all that comes behind it. So each waits until the third step after its own.
  */
 typedef struct {
     __m512i places;
@@ -127,11 +127,12 @@ typedef struct {
 
 static inline void store(waiting_store step) { _mm512_storeu_si512(step.list, step.places); }
 
-static inline void store_after_others(waiting_stores *waiting, __m512i places, uint16_t *list) {
-    store(waiting->next);
-    waiting->next = waiting->second;
-    waiting->second = waiting->third;
-    waiting->third = (waiting_store){places, list};
+/* Lists a step's places at *list, which moves behind them, when those of the third step before have been stored. */
+static inline void list_step(__m256i entries, __m512i *start, waiting_store *waiting, uint16_t **list) {
+    uint32_t found;
+    store(*waiting);
+    *waiting = (waiting_store){places_of(entries, start, &found), *list};
+    *list += found;
 }
 
 /*
@@ -141,34 +142,41 @@ static inline void store_after_others(waiting_stores *waiting, __m512i places, u
  */
 static inline uint32_t list_places(const uint16_t *indices, uint32_t count, const phrase_slots *table, uint16_t *place,
                                    uint16_t *list, waiting_stores *waiting) {
-    const uint16_t *whole = indices + count / STEP * STEP;
     __m512i start = _mm512_set1_epi16((int16_t)*place);
+    waiting_store a = waiting->next, b = waiting->second, c = waiting->third;
     uint16_t *next = list;
-    uint32_t found;
-    waiting_stores last = *waiting; /* in registers */
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 3 /* so that none of them is moved from one to another */
-#endif
-    for (; indices < whole; indices += STEP, next += found) {
-        store_after_others(&last, places_of(eight_slots(table, indices), &start, &found), next);
+    /* Three steps written out, so that what waits stays in its registers. */
+    for (; count >= 3 * STEP; count -= 3 * STEP, indices += 3 * STEP) {
+        list_step(eight_slots(table, indices), &start, &a, &next);
+        list_step(eight_slots(table, indices + STEP), &start, &b, &next);
+        list_step(eight_slots(table, indices + 2 * STEP), &start, &c, &next);
     }
-    if (count % STEP) {
-        __mmask8 ours = (__mmask8)((1u << count % STEP) - 1);
-        __m256i entries = _mm256_maskz_mov_epi32(ours, eight_slots(table, indices));
-        store_after_others(&last, places_of(entries, &start, &found), next);
-        next += found;
+    waiting_stores last = {a, b, c};
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 2
+#endif
+    for (; count >= STEP; count -= STEP, indices += STEP) {
+        list_step(eight_slots(table, indices), &start, &last.next, &next);
+        last = (waiting_stores){last.second, last.third, last.next};
+    }
+    if (count) {
+        __mmask8 ours = (__mmask8)((1u << count) - 1);
+        list_step(_mm256_maskz_mov_epi32(ours, eight_slots(table, indices)), &start, &last.next, &next);
+        last = (waiting_stores){last.second, last.third, last.next};
     }
     *waiting = last;
     *place = (uint16_t)_mm_cvtsi128_si32(_mm512_castsi512_si128(start));
     return (uint32_t)(next - list);
 }
 
-/* Two floats of x from each place on; what follows them is added too, and not looked at. */
-static inline __m128 add_place(__m128 sums, const float *x, size_t place) {
-    return _mm_add_ps(sums, _mm_loadu_ps(x + place));
+/* Two floats of x from each of two places on. Loads of 16 bytes with four floats would be half as many instructions, but
+ * cross a line of the cache three times as often. */
+static inline __m128 add_places(__m128 sums, const float *x, size_t place, size_t other) {
+    __m128 low = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(const void *)(x + place)));
+    return _mm_add_ps(sums, _mm_loadh_pi(low, (const __m64 *)(const void *)(x + other)));
 }
 
-/* Adds the first `count` places of each list, or up to TAKEN - 1 more, to its row's sums. */
+/* Adds the first `count` places of each list, or up to TAKEN - 1 more, to its row's two pairs of sums. */
 static inline void add_lists(uint16_t lists[LISTED_ROWS][LIST], uint32_t count, const float *x, __m128 *sums) {
     __m128 a = sums[0], b = sums[1], c = sums[2], d = sums[3], e = _mm_setzero_ps(), f = e, g = e, h = e;
     const uint16_t *list = lists[0];
@@ -180,10 +188,8 @@ static inline void add_lists(uint16_t lists[LISTED_ROWS][LIST], uint32_t count, 
         __asm__("" : "+r"(four)); /* or it would be taken apart into four loads */                                   \
         uint32_t early = (uint32_t)four, late = (uint32_t)(four >> 32);                                              \
         __asm__("" : "+r"(late)); /* or every place would be shifted out of all four */                              \
-        FIRST = add_place(FIRST, x, (uint16_t)early);                                                                \
-        SECOND = add_place(SECOND, x, early >> 16);                                                                  \
-        FIRST = add_place(FIRST, x, (uint16_t)late);                                                                 \
-        SECOND = add_place(SECOND, x, late >> 16);                                                                   \
+        FIRST = add_places(FIRST, x, (uint16_t)early, early >> 16);                                                  \
+        SECOND = add_places(SECOND, x, (uint16_t)late, late >> 16);                                                  \
     } while (0)
         ADD_FOUR(0, a, e);
         ADD_FOUR(1, b, f);
@@ -279,7 +285,7 @@ static inline void sum_listed(unsigned rows, const codeword_source *sources, con
         add_lists(lists, longest, x, added);
     }
     for (unsigned row = 0; row < rows; row++) {
-        _mm_storel_pi((__m64 *)(void *)sums[row], added[row]);
+        _mm_storel_pi((__m64 *)(void *)sums[row], _mm_add_ps(added[row], _mm_movehl_ps(added[row], added[row])));
     }
 }
 
