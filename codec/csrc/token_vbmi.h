@@ -186,10 +186,8 @@ static inline void add_lists(uint16_t lists[LISTED_ROWS][LIST], uint32_t count, 
         uint64_t four;                                                                                               \
         memcpy(&four, list + (ROW) * LIST, sizeof four);                                                             \
         __asm__("" : "+r"(four)); /* or it would be taken apart into four loads */                                   \
-        uint32_t early = (uint32_t)four, late = (uint32_t)(four >> 32);                                              \
-        __asm__("" : "+r"(late)); /* or every place would be shifted out of all four */                              \
-        FIRST = add_places(FIRST, x, (uint16_t)early, early >> 16);                                                  \
-        SECOND = add_places(SECOND, x, (uint16_t)late, late >> 16);                                                  \
+        FIRST = add_places(FIRST, x, (uint16_t)four, _bextr_u64(four, 16, 16));                                      \
+        SECOND = add_places(SECOND, x, _bextr_u64(four, 32, 16), four >> 48);                                        \
     } while (0)
         ADD_FOUR(0, a, e);
         ADD_FOUR(1, b, f);
