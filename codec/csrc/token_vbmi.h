@@ -152,9 +152,6 @@ static inline uint32_t list_places(const uint16_t *indices, uint32_t count, cons
         list_step(eight_slots(table, indices + 2 * STEP), &start, &c, &next);
     }
     waiting_stores last = {a, b, c};
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 2
-#endif
     for (; count >= STEP; count -= STEP, indices += STEP) {
         list_step(eight_slots(table, indices), &start, &last.next, &next);
         last = (waiting_stores){last.second, last.third, last.next};

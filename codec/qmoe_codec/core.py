@@ -72,11 +72,12 @@ class Error(ctypes.Structure):
 
 
 def address(array: NDArray[np.generic]) -> int:
-    """Where a contiguous array begins, in a third of the time that ``array.ctypes`` takes."""
-    if array.size and array.flags.writeable:
-        buffer: Any = array
+    """Where a contiguous array begins, in a quarter of the time that ``array.ctypes`` takes."""
+    buffer: Any = array
+    try:
         return ctypes.addressof(c_char.from_buffer(buffer))
-    return array.ctypes.data
+    except (TypeError, ValueError):  # not writable, or empty
+        return array.ctypes.data
 
 
 class DictionaryInfo(ctypes.Structure):
