@@ -102,7 +102,9 @@ static inline __m512i places_of(__m256i entries, __m512i *start, uint32_t *count
     /* The lengths of the phrases up to the own one, for each of eight phrases: the last byte of every entry. */
     const __m512i ends = _mm512_set1_epi64(INT64_C(0x1F1B17130F0B0703));
     const __mmask64 up_to_own = UINT64_C(0xFF7F3F1F0F070301);
-    __m512i lengths = _mm512_maskz_permutexvar_epi8(up_to_own, ends, _mm512_castsi256_si512(entries));
+    const __m512i wide = _mm512_castsi256_si512(entries);
+    entries = _mm512_castsi512_si256(wide); /* or GCC would copy them first */
+    __m512i lengths = _mm512_maskz_permutexvar_epi8(up_to_own, ends, wide);
     __m512i passed = _mm512_sad_epu8(lengths, _mm512_setzero_si512());
     /* By a multiplication to the lanes of all three places: shuffles are what limits this. */
     __m512i end = _mm512_madd52lo_epu64(*start, passed, _mm512_set1_epi64(INT64_C(0x000100010001)));
