@@ -137,6 +137,12 @@ static inline void list_step(__m256i entries, __m512i *start, waiting_store *wai
     *list += found;
 }
 
+/* The same with whichever store is next, which then becomes the third. */
+static inline void list_in_turn(__m256i entries, __m512i *start, waiting_stores *waiting, uint16_t **list) {
+    list_step(entries, start, &waiting->next, list);
+    *waiting = (waiting_stores){waiting->second, waiting->third, waiting->next};
+}
+
 /*
  * Lists the places of the non-zeros of `count` phrases; the last stores wait, and may store STORED places behind the
  * list's end. `place` is that of the first phrase's first column; it becomes that of the column after the last. Returns
@@ -155,21 +161,21 @@ static inline uint32_t list_places(const uint16_t *indices, uint32_t count, cons
     }
     waiting_stores last = {a, b, c};
     for (; count >= STEP; count -= STEP, indices += STEP) {
-        list_step(eight_slots(table, indices), &start, &last.next, &next);
-        last = (waiting_stores){last.second, last.third, last.next};
+        list_in_turn(eight_slots(table, indices), &start, &last, &next);
     }
     if (count) {
         __mmask8 ours = (__mmask8)((1u << count) - 1);
-        list_step(_mm256_maskz_mov_epi32(ours, eight_slots(table, indices)), &start, &last.next, &next);
-        last = (waiting_stores){last.second, last.third, last.next};
+        list_in_turn(_mm256_maskz_mov_epi32(ours, eight_slots(table, indices)), &start, &last, &next);
     }
     *waiting = last;
     *place = (uint16_t)_mm_cvtsi128_si32(_mm512_castsi512_si128(start));
     return (uint32_t)(next - list);
 }
 
-/* Two floats of x from each of two places on. Loads of 16 bytes with four floats would be half as many instructions, but
- * cross a line of the cache three times as often. */
+/*
+ * Two floats of x from each of two places on. To add 16 bytes from each would be two instructions instead of three, but
+ * they cross a line of the cache three times as often.
+ */
 static inline __m128 add_places(__m128 sums, const float *x, size_t place, size_t other) {
     __m128 low = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(const void *)(x + place)));
     return _mm_add_ps(sums, _mm_loadh_pi(low, (const __m64 *)(const void *)(x + other)));
